@@ -1,0 +1,60 @@
+"""The errors that cross a room's door.
+
+`UserError` is for people: a sentence, a hint, an exit code; the command line prints it without a traceback.
+The other three are all that a backend raises on purpose (docs/DESIGN.md, the interface), so that recovery can
+be policy on a type and not a search in a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_WILL_NOT_FIT = 3
+EXIT_OUT_OF_MEMORY = 75
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """What a person can put right.
+
+    message: what is wrong, with what was got and what was expected. hint: the next thing to do, often a
+    command. exit_code: 2 where the input is at fault, 1 where the work failed, 3 where it will not fit.
+    """
+
+    def __init__(self, message: str, hint: str = "", exit_code: int = EXIT_BAD_INPUT) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+def all_problems(title: str, problems: Sequence[str], hint: str = "", shown: int = 20) -> UserError:
+    """One error that lists every problem (the first `shown` in full, the rest as a count)."""
+    lines = [f"  {p}" for p in problems[:shown]]
+    if len(problems) > shown:
+        lines.append(f"  … and {len(problems) - shown} more")
+    return UserError("\n".join([title, *lines]), hint)
+
+
+class OutOfMemory(Exception):
+    """The device (or the host, for the CPU) could not give the memory that was asked for."""
+
+
+class NonFinite(Exception):
+    """A loss or a gradient norm was NaN or infinite; nothing was updated."""
+
+
+class Unsupported(Exception):
+    """The backend cannot do this. `kind` is what a policy may act on: 'dtype' (mixed element types),
+    'operation'.
+    """
+
+    def __init__(self, message: str, kind: Literal["dtype", "operation"] = "operation") -> None:
+        super().__init__(message)
+        self.kind = kind
