@@ -1,0 +1,175 @@
+"""`checks` on recorded machines: what is wrong is found, what is right is left alone."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from burnish.machine.doctor import PYTHONS, RANGES, Check, checks, numbers
+from burnish.machine.probe import probe
+from tests.machine.recorded import (
+    CONTAINER,
+    GIB,
+    H100,
+    INSTALLED,
+    M1_8,
+    M2_PRO_32,
+    M4_MAX_128,
+    ROSETTA,
+    RTX_4090,
+    Recorded,
+)
+
+EVERY = {"m1": M1_8, "m2": M2_PRO_32, "m4": M4_MAX_128, "rosetta": ROSETTA, "4090": RTX_4090, "h100": H100,
+         "container": CONTAINER}
+
+
+def look(system: Recorded, environment: Mapping[str, str] | None = None) -> dict[str, Check]:
+    found = checks(probe(Path("."), system), environment or {})
+    assert len({c.name for c in found}) == len(found)
+    return {c.name: c for c in found}
+
+
+@pytest.mark.parametrize("system", EVERY.values(), ids=EVERY.keys())
+def test_whatever_is_not_ok_says_what_was_found_and_what_to_do(system: Recorded):
+    bad = replace(system, python_version="3.9.6", versions={})
+    for check in look(bad, {"HF_ENDPOINT": "https://hf-mirror.com"}).values():
+        assert check.found
+        assert check.status == "ok" or check.advice
+
+
+@pytest.mark.parametrize(("system", "wanted"), [
+    (M4_MAX_128, {}),
+    (RTX_4090, {}),
+    (H100, {}),
+    (M1_8, {"GPU": "warning", "memory": "warning"}),
+    (M2_PRO_32, {"GPU": "warning"}),
+    (CONTAINER, {"GPU": "warning", "CPU": "warning", "memory": "warning", "swap": "warning"}),
+    (ROSETTA, {"architecture": "problem", "GPU": "warning", "CPU": "warning"}),
+])
+def test_the_verdicts_of_each_machine(system: Recorded, wanted: dict[str, str]):
+    assert {c.name: c.status for c in look(system).values() if c.status != "ok"} == wanted
+
+
+@pytest.mark.parametrize(("version", "status"), [
+    ("3.9.6", "problem"), ("3.10.14", "problem"), ("3.11.0", "ok"), ("3.13.9", "ok"), ("3.14.0", "problem"),
+])
+def test_python(version: str, status: str):
+    check = look(replace(RTX_4090, python_version=version))["Python"]
+    assert check.status == status and version in check.found
+
+
+def test_the_advice_under_rosetta_names_an_arm64_python():
+    check = look(ROSETTA)["architecture"]
+    assert "Rosetta" in check.found and "arm64" in check.advice
+
+
+@pytest.mark.parametrize(("macos", "torch", "status", "advice"), [
+    ("12.7.6", "2.13.0", "problem", "update macOS"),
+    ("13.7.4", "2.13.0", "problem", "update macOS, or pip install 'torch<2.9'"),
+    ("13.7.4", "2.8.0", "ok", ""),
+    ("14.6", "2.14.1", "ok", ""),
+    ("14.6", "2.15.0", "problem", "update macOS, or pip install 'torch<2.15'"),
+    ("15.0", "2.15.0", "ok", ""),
+    ("26.1", "2.15.0", "ok", ""),
+])
+def test_macos_against_torch(macos: str, torch: str, status: str, advice: str):
+    system = replace(M4_MAX_128, versions={**INSTALLED, "torch": torch},
+                     commands={**M4_MAX_128.commands, "sw_vers -productVersion": macos})
+    check = look(system)["macOS"]
+    assert (check.status, check.advice) == (status, advice)
+
+
+@pytest.mark.parametrize(("package", "version", "status"), [
+    ("torch", "", "problem"), ("torch", "2.5.1", "problem"), ("torch", "2.6.0+cu124", "ok"),
+    ("torch", "2.16.0", "problem"),
+    ("transformers", "4.57.1", "problem"), ("transformers", "5.23.0", "ok"), ("transformers", "", "problem"),
+    ("peft", "", "ok"), ("peft", "0.10.0", "warning"), ("numpy", "1.26.4", "ok"), ("numpy", "2.4.6", "ok"),
+    ("bitsandbytes", "", "ok"),
+])
+def test_packages(package: str, version: str, status: str):
+    check = look(replace(RTX_4090, versions={**INSTALLED, package: version}))[package]
+    assert check.status == status
+    if status == "problem":
+        assert check.advice.startswith(f"pip install '{package}>=")
+
+
+def test_the_ranges_are_those_of_pyproject():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    project = tomllib.loads(text)["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    asked = {re.split(r"[<>=\[]", line)[0]: line for line in [*extras, *project["dependencies"]]}
+    for package, (oldest, beyond, needed) in RANGES.items():
+        if needed or "<" in asked[package]:
+            assert asked[package] == f"{package}>={'.'.join(map(str, oldest))},<{'.'.join(map(str, beyond))}"
+        else:
+            assert asked[package] == f"{package}>={'.'.join(map(str, oldest))}"
+    first, last = PYTHONS
+    assert project["requires-python"] == f">={first[0]}.{first[1]},<{last[0]}.{last[1] + 1}"
+
+
+def test_memory_and_disk():
+    check = look(replace(RTX_4090, ram=(16 * GIB, GIB // 2, GIB)))["memory"]
+    assert check.status == "problem" and "0.5 GiB free of 16.0 GiB" in check.found
+    assert look(replace(RTX_4090, disk=GIB))["disk"].status == "problem"
+    assert look(replace(RTX_4090, disk=10 * GIB))["disk"].status == "warning"
+
+
+@pytest.mark.parametrize(("value", "status"), [
+    ("0.0", "problem"), ("0", "problem"), (".0", "problem"), ("0.7", "warning"),
+])
+def test_the_guides_watermark_is_a_problem_on_a_mac(value: str, status: str):
+    environment = {"PYTORCH_MPS_HIGH_WATERMARK_RATIO": value}
+    check = look(M2_PRO_32, environment)["PYTORCH_MPS_HIGH_WATERMARK_RATIO"]
+    assert check.status == status and "unset PYTORCH_MPS_HIGH_WATERMARK_RATIO" in check.advice
+    assert "PYTORCH_MPS_HIGH_WATERMARK_RATIO" not in look(RTX_4090, environment)
+
+
+def test_the_guides_fallback_is_a_warning_on_a_mac():
+    name = "PYTORCH_ENABLE_MPS_FALLBACK"
+    assert look(M4_MAX_128, {name: "1"})[name].status == "warning"
+    assert name not in look(M4_MAX_128, {name: "0"})
+
+
+@pytest.mark.parametrize(("endpoint", "status"), [
+    ("https://hf-mirror.com", "warning"), ("https://huggingface.co/", "ok"), ("hf-mirror.com", "problem"),
+])
+def test_mirror(endpoint: str, status: str):
+    check = look(RTX_4090, {"HF_ENDPOINT": endpoint})["HF_ENDPOINT"]
+    assert check.status == status and endpoint in check.found
+
+
+def test_a_tilde_that_nobody_expands():
+    check = look(M4_MAX_128, {"HF_HOME": "~/Documents/models"})["HF_HOME"]
+    assert check.status == "warning" and check.advice == 'export HF_HOME="$HOME/Documents/models"'
+    assert look(M4_MAX_128, {"HF_HOME": "/Users/a/models"})["HF_HOME"].status == "ok"
+
+
+def test_a_variable_that_transformers_no_longer_reads():
+    check = look(M4_MAX_128, {"TRANSFORMERS_CACHE": "/m"})["TRANSFORMERS_CACHE"]
+    assert check.status == "warning" and check.advice == "export HF_HOME=/m instead"
+
+
+def test_offline_and_proxies():
+    found = look(RTX_4090, {
+        "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "0", "https_proxy": "http://me:secret@host:1",
+    })
+    assert "HF_HUB_OFFLINE" in found["offline"].found and "TRANSFORMERS" not in found["offline"].found
+    assert "host:1" in found["HTTPS_PROXY"].found and "secret" not in found["HTTPS_PROXY"].found
+
+
+def test_nothing_is_said_of_variables_that_are_not_set():
+    assert not {"offline", "HF_ENDPOINT", "HF_HOME", "HTTPS_PROXY"} & look(RTX_4090).keys()
+    assert checks(probe(Path("."), RTX_4090)) == checks(probe(Path("."), RTX_4090), {})
+
+
+@pytest.mark.parametrize(("text", "wanted"), [
+    ("2.13.0+cpu", (2, 13, 0)), ("", ()), ("26", (26,)), ("2.15.0a0", (2, 15, 0)),
+])
+def test_numbers(text: str, wanted: tuple[int, ...]):
+    assert numbers(text) == wanted
