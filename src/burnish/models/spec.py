@@ -1,0 +1,214 @@
+"""What a model is, read from `config.json` and the safetensors headers; no weight is loaded.
+
+    spec = read_spec(Path("~/models/SmolLM2").expanduser())
+    spec.attention_linears        # ('k_proj', 'o_proj', 'q_proj', 'v_proj')
+
+A header costs a few kilobytes however large the model is, and it is the truth about shapes and dtypes; the
+config is only asked for what headers cannot tell (heads, vocabulary ties, positions).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from burnish.errors import UserError, all_problems
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2,
+               "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)\.weight$")
+_PART = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    dtype: str  # as safetensors names it: 'F32', 'BF16', …
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    folder: Path
+    model_type: str  # 'qwen2', 'llama', …
+    architecture: str  # 'Qwen2ForCausalLM'
+    n_layers: int
+    hidden_size: int
+    intermediate_size: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    tied: bool  # the head is the embedding matrix
+    eos_ids: tuple[int, ...]
+    tensors: Mapping[str, TensorInfo]
+    linears: Mapping[str, tuple[int, int]]  # 'self_attn.q_proj' → (out, in), of the first layer that has it
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(t.shape) for t in self.tensors.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """As stored on disk."""
+        return sum(t.n_bytes for t in self.tensors.values())
+
+    @property
+    def attention_linears(self) -> tuple[str, ...]:
+        return tuple(sorted({k.rsplit(".", 1)[-1] for k in self.linears if "attn" in k or "attention" in k}))
+
+    @property
+    def mlp_linears(self) -> tuple[str, ...]:
+        return tuple(sorted({k.rsplit(".", 1)[-1] for k in self.linears} - set(self.attention_linears)))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model folder. Raises UserError where either is missing, or it is not JSON."""
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.is_file() else "does not exist"
+        hint = f"burnish convert {folder} OUT   makes a folder of it" if folder.suffix == ".gguf" else (
+            "set `model:` to a folder with config.json, safetensors files and a tokenizer")
+        raise UserError(f"model folder {folder} {what}", hint)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json, so it is not a Hugging Face model folder",
+                        "set `model:` to a folder with config.json, safetensors files and a tokenizer")
+    return _read_object(path)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    again = f"download {path.name} again"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not JSON: {e}", again) from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}", again)
+    return value
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Tensor names, dtypes and shapes of one safetensors file; checks that the file is as long as it says.
+
+    Format: 8 bytes little-endian header length, a JSON header, the data (huggingface/safetensors).
+    """
+    size = path.stat().st_size
+    again = f"download {path.name} again"
+    with path.open("rb") as f:
+        head = f.read(8)
+        n = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+        if not 2 <= n <= size - 8:
+            raise UserError(f"{path} is not a whole safetensors file: {size} bytes, header length {n}", again)
+        try:
+            header = json.loads(f.read(n))
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise UserError(f"{path}: the safetensors header is not JSON", again) from e
+    try:
+        header.pop("__metadata__", None)
+        end = 8 + n + max((t["data_offsets"][1] for t in header.values()), default=0)
+        tensors = {k: TensorInfo(t["dtype"], tuple(t["shape"]), path.name) for k, t in header.items()}
+    except (AttributeError, KeyError, TypeError, IndexError) as e:  # JSON, but not of this form
+        raise UserError(f"{path}: its header lacks a dtype, shape or place", again) from e
+    if size < end:
+        raise UserError(f"{path} is truncated: {size} bytes on disk, its header promises {end}", again)
+    unknown = sorted({t.dtype for t in tensors.values()} - DTYPE_BYTES.keys())
+    if unknown:
+        raise UserError(f"{path} holds tensors of a dtype that is not known: {', '.join(unknown)}",
+                        "use an unquantised copy of the model")
+    return tensors
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """The spec of a Hugging Face model folder. Raises UserError that says what is wrong with the folder."""
+    config = read_config(folder)
+    config = {**config, **(config.get("text_config") or {})}
+    needed = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    missing = [k for k in needed if not config.get(k)]
+    if missing:
+        raise all_problems(f"{folder / 'config.json'} is not the config of a decoder:",
+                           [f"{k} is missing" for k in missing])
+    tensors = _read_tensors(folder)
+    has_head = any(k.endswith("lm_head.weight") for k in tensors)
+    if not has_head and config.get("tie_word_embeddings") is False:
+        raise UserError(f"{folder} is not complete: it has no lm_head.weight, and config.json says that "
+                        "the head is not the embedding matrix", "download the missing files")
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    eos = config.get("eos_token_id")
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        found = _read_object(generation).get("eos_token_id")
+        eos = eos if found is None else found
+    return ModelSpec(
+        folder=folder,
+        model_type=config["model_type"],
+        architecture=(config.get("architectures") or [""])[0],
+        n_layers=int(config["num_hidden_layers"]),
+        hidden_size=hidden,
+        intermediate_size=int(config.get("intermediate_size") or 4 * hidden),
+        n_heads=heads,
+        n_kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or hidden // heads),
+        vocab_size=int(config["vocab_size"]),
+        max_positions=int(config.get("max_position_embeddings") or 0),
+        # A head that is stored though the config says tied is not read.
+        tied=not has_head or config.get("tie_word_embeddings") is True,
+        eos_ids=tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else (),
+        tensors=tensors,
+        linears=linears_of(tensors),
+    )
+
+
+def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
+    names = _weight_files(folder)
+    if not names:
+        raise UserError(f"{folder} holds no safetensors files", "download the weights in safetensors form")
+    absent = [n for n in names if not (folder / n).is_file()]
+    if absent:
+        raise all_problems(f"{folder} is not complete; weight files that are not there:", absent,
+                           "download the missing files")
+    tensors: dict[str, TensorInfo] = {}
+    for name in names:
+        tensors |= read_header(folder / name)
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files that should hold the weights, there or not: by the index, one file, or parts."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        places = _read_object(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise UserError(f"{index} has no weight_map", "download model.safetensors.index.json again")
+        return sorted(set(places.values()))
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    # Beside the weights there may be the same ones under Mistral's own names, or an adapter.
+    other = ("consolidated", "adapter")
+    names = {p.name for p in folder.glob("*.safetensors") if not p.name.startswith(other)}
+    for name in sorted(names):
+        part = _PART.search(name)
+        if part:
+            stem, width = name[:part.start()], len(part[1])
+            every = (f"{i:0{width}d}-of-{part[2]}" for i in range(1, int(part[2]) + 1))
+            names |= {f"{stem}-{numbers}.safetensors" for numbers in every}
+    return sorted(names)
+
+
+def linears_of(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for name, info in tensors.items():
+        match = _LAYER.search(name)
+        if match and len(info.shape) == 2:
+            found.setdefault(match[2], (info.shape[0], info.shape[1]))
+    return found
