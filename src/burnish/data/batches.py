@@ -1,0 +1,112 @@
+"""Examples to batches: a deterministic order, micro-batches of like length, and the cursor that travels with
+them.
+
+Nothing here depends on a framework. The order of epoch e is a permutation drawn from (seed, e), so a cursor
+of two numbers is all that a checkpoint needs to go on exactly where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence. weights[i] says how much tokens[i], as a target, counts; weights[0] is always 0.
+    """
+
+    tokens: np.ndarray  # int32 [T]
+    weights: np.ndarray  # float32 [T]
+
+    @property
+    def trained(self) -> int:
+        """How many of its tokens are targets."""
+        return int(np.count_nonzero(self.weights[1:]))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T positions. Position t reads tokens[b, t] and predicts targets[b, t], which counts
+    weights[b, t].
+
+    segments numbers the examples of a row from 1; 0 is padding, which stands only at a row's end. Tokens
+    attend only within their own segment, and positions restart with each.
+    """
+
+    tokens_BT: np.ndarray  # int32
+    targets_BT: np.ndarray  # int32
+    weights_BT: np.ndarray  # float32
+    segments_BT: np.ndarray  # int32
+    positions_BT: np.ndarray  # int32
+
+    @property
+    def weight(self) -> float:
+        return float(self.weights_BT.sum(dtype=np.float64))
+
+    @property
+    def n_tokens(self) -> int:
+        """Positions that hold a token: the padding is not counted."""
+        return int(np.count_nonzero(self.segments_BT))
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The next example to train on: `index` into the order of `epoch`."""
+
+    epoch: int = 0
+    index: int = 0
+
+
+def collate(examples: Sequence[Example], multiple: int = 1) -> Batch:
+    """Rows of one example each, padded on the right to the longest, rounded up to `multiple`."""
+    length = max(len(e.tokens) - 1 for e in examples)
+    length = -(-length // multiple) * multiple
+    shape = (len(examples), length)
+    tokens, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
+    weights = np.zeros(shape, np.float32)
+    for row, e in enumerate(examples):
+        n = len(e.tokens) - 1
+        tokens[row, :n], targets[row, :n], weights[row, :n] = e.tokens[:-1], e.tokens[1:], e.weights[1:]
+        segments[row, :n], positions[row, :n] = 1, np.arange(n)
+    return Batch(tokens, targets, weights, segments, positions)
+
+
+def order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of n examples in this epoch (int64 [n])."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """The last step of an epoch may be smaller; no example is left out."""
+    return -(-n // batch_size)
+
+
+def split(examples: Sequence[Example], micro_batch: int, multiple: int = 1) -> list[Batch]:
+    """One step's examples as micro-batches of at most `micro_batch` rows, longest first, so that like pads
+    with like.
+    """
+    by_length = sorted(examples, key=lambda e: -len(e.tokens))
+    return [collate(by_length[i : i + micro_batch], multiple) for i in range(0, len(by_length), micro_batch)]
+
+
+def steps(
+    examples: Sequence[Example],
+    batch_size: int,
+    micro_batch: int,
+    seed: int,
+    cursor: Cursor,
+    multiple: int = 1,
+) -> Iterator[tuple[list[Batch], Cursor]]:
+    """Endless steps from `cursor` on: each one's micro-batches, and the cursor that follows it."""
+    epoch, index = cursor.epoch, cursor.index
+    while True:
+        permutation = order(len(examples), seed, epoch)
+        while index < len(examples):
+            chosen = [examples[i] for i in permutation[index : index + batch_size]]
+            index += len(chosen)
+            after = Cursor(epoch, index) if index < len(examples) else Cursor(epoch + 1, 0)
+            yield split(chosen, micro_batch, multiple), after
+        epoch, index = epoch + 1, 0
