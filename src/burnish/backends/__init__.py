@@ -1,0 +1,30 @@
+"""Backends: what trains. `open(plan)` opens the one that a plan names; nothing else imports a framework."""
+
+from __future__ import annotations
+
+from burnish.backends.base import Learner
+from burnish.errors import UserError
+from burnish.planning.plan import Plan
+
+
+def open(plan: Plan) -> Learner:
+    """Load the model with a fresh adapter and an optimizer, as the plan says. Takes seconds to minutes.
+
+    Raises UserError where the backend is not installed, Unsupported where it cannot train this model.
+    """
+    name = plan.backend.value
+    if name == "reference":
+        from burnish.backends.reference import open_reference
+
+        return open_reference(plan)
+    if name == "torch":
+        try:
+            from burnish.backends.torch.load import open_torch
+        except ModuleNotFoundError as e:
+            if e.name not in ("torch", "transformers", "peft"):
+                raise
+            raise UserError(
+                f"the torch backend needs {e.name}, which is not installed", f"pip install {e.name}"
+            ) from e
+        return open_torch(plan)
+    raise UserError(f"there is no backend {name!r} in this version", "set backend=torch")
