@@ -1,0 +1,1 @@
+"""Tasks: what counts as a right answer."""

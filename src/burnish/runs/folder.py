@@ -1,0 +1,227 @@
+"""The run folder: recipe, plan, events, checkpoints and the adapter, owned by one process at a time.
+
+    with RunFolder.begin(out, recipe) as run:        # or RunFolder.resume(out, recipe)
+        run.save_checkpoint(state, learner.save)
+
+A checkpoint is whole or not there. `resume` finds the newest whose checksums hold, and takes the records back
+to it, so that what stands in metrics.jsonl is one unbroken run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from burnish.data.batches import Cursor
+from burnish.errors import EXIT_FAILED, UserError, all_problems
+from burnish.recipe import Recipe, differences, dump, load
+from burnish.runs.atomic import checksum, clean, sync, write_folder, write_text
+from burnish.runs.events import Event, Stepped, Validated, as_json
+
+ADAPTER, BEST = "adapter", "best"
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a run needs beside the learner's own files to go on exactly where it was."""
+
+    step: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    best_loss: float | None = None
+    best_step: int | None = None
+    stale: int = 0  # validations since the best one
+    data: str = ""  # checksum of the examples
+
+
+class RunFolder:
+    """Owns the lock and the open record files."""
+
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        self.path = path
+        self._lock = lock
+        self._events = self._metrics = None
+        try:
+            self._events = (path / "events.jsonl").open("a", encoding="utf-8")
+            self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        except OSError as e:
+            self.close()
+            raise UserError(
+                f"{path} may not be written: {e}", "choose another place with --out DIR", EXIT_FAILED
+            ) from e
+
+    @classmethod
+    def begin(cls, path: Path, recipe: Recipe) -> RunFolder:
+        """A new run. Raises UserError where the folder holds one already, or cannot be made."""
+        if (path / "recipe.yaml").exists():
+            raise UserError(
+                f"{path} holds a run already",
+                "add --resume to go on with it, or choose another place with --out DIR",
+            )
+        if path.exists() and not path.is_dir():
+            raise UserError(
+                f"{path} is a file; a run needs a folder of its own", "choose another place with --out DIR"
+            )
+        lock = _locked(path)
+        write_text(path / "recipe.yaml", dump(recipe))
+        return cls(path, lock)
+
+    @classmethod
+    def resume(cls, path: Path, recipe: Recipe) -> RunFolder:
+        """An existing run. Raises UserError where there is none, it is in use, or its recipe was another."""
+        if not (path / "recipe.yaml").is_file():
+            raise UserError(f"{path} holds no run to resume", "leave --resume out to begin one")
+        lock = _locked(path)
+        began = load(str(path / "recipe.yaml"))
+        changed = differences(began, recipe)
+        if changed:
+            lock.close()
+            raise all_problems(
+                f"{path} was begun with another recipe:",
+                changed,
+                "resume with the old values, or begin a new run with --out DIR",
+            )
+        clean(path)
+        clean(path / "checkpoints")
+        return cls(path, lock)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for f in (self._events, self._metrics, self._lock):
+            if f is not None:
+                f.close()
+
+    # --- records ---
+
+    def record(self, event: Event) -> None:
+        """Append to events.jsonl, and a step or a validation also to metrics.jsonl."""
+        line = json.dumps(as_json(event), ensure_ascii=False) + "\n"
+        files = (self._events, self._metrics) if isinstance(event, Stepped | Validated) else (self._events,)
+        try:
+            for f in files:
+                assert f is not None
+                f.write(line)
+                f.flush()
+        except OSError as e:
+            raise UserError(
+                f"{self.path}: the records could not be written: {e}",
+                "free some space, then the same command with --resume",
+                EXIT_FAILED,
+            ) from e
+
+    def take_back(self, step: int) -> None:
+        """Drop every record of a later step than `step`: the steps to come will write them again."""
+        for name in ("events.jsonl", "metrics.jsonl"):
+            path = self.path / name
+            kept = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+                if _upto(line, step)
+            ]
+            write_text(path, "".join(kept))
+        assert self._events is not None and self._metrics is not None
+        self._events.close()
+        self._metrics.close()
+        self._events = (self.path / "events.jsonl").open("a", encoding="utf-8")
+        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_text(self.path / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    # --- checkpoints ---
+
+    def save_checkpoint(self, state: State, write: Callable[[Path], None], keep: int) -> Path:
+        """Write `checkpoints/STEP`, then remove all but the newest `keep`."""
+        final = self.path / "checkpoints" / f"{state.step:06d}"
+
+        def fill(folder: Path) -> None:
+            write(folder)
+            sums = {p.name: checksum(p) for p in sorted(folder.iterdir())}
+            (folder / "state.json").write_text(
+                json.dumps({**asdict(state), "checksums": sums}, indent=1) + "\n"
+            )
+
+        write_folder(final, fill)
+        for old in sorted(final.parent.glob("[0-9]*"))[:-keep]:
+            shutil.rmtree(old)
+        return final
+
+    def newest_checkpoint(self) -> tuple[Path, State, list[str]] | None:
+        """The newest checkpoint whose checksums hold, and what was wrong with newer ones. None: begin at step
+        0.
+        """
+        wrong: list[str] = []
+        for folder in sorted((self.path / "checkpoints").glob("[0-9]*"), reverse=True):
+            try:
+                state = _read_state(folder)
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                wrong.append(f"checkpoint {folder.name} is damaged ({e}) and was passed over")
+                continue
+            return folder, state, wrong
+        if wrong:
+            raise all_problems(
+                f"{self.path} has no whole checkpoint:", wrong, "begin a new run with --out DIR"
+            )
+        return None
+
+    def publish(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Write `best/` or `adapter/`, replacing an older one whole."""
+        write_folder(self.path / name, write)
+        return self.path / name
+
+
+def _read_state(folder: Path) -> State:
+    raw = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    for name, expected in raw.pop("checksums").items():
+        if checksum(folder / name) != expected:
+            raise ValueError(f"{name} does not match its checksum")
+    return State(**{**raw, "cursor": Cursor(**raw["cursor"])})
+
+
+def _upto(line: str, step: int) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line).get("step", 0) <= step
+    except json.JSONDecodeError:  # the process was killed in the middle of this line
+        return False
+
+
+def _locked(path: Path) -> IO[str]:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("a+", encoding="utf-8")
+    except OSError as e:
+        raise UserError(
+            f"{path} cannot be made or written: {e.strerror}",
+            "choose another place with --out DIR",
+            EXIT_FAILED,
+        ) from e
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
+    except OSError as e:
+        lock.seek(0)
+        owner = lock.read().strip()
+        lock.close()
+        raise UserError(
+            f"{path} is in use by process {owner or 'unknown'}", "wait for it, or choose --out DIR"
+        ) from e
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    sync(path)
+    return lock

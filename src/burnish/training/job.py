@@ -1,0 +1,247 @@
+"""A whole run as one generator of events: recipe in, adapter folder out.
+
+    for event in run_job(recipe, out, resume=False, skip_before=False, stop=stop):
+        show(event)
+
+Reads top to bottom as the pipeline does. Every event is recorded in the run folder before anyone hears of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from burnish import __version__, backends
+from burnish.backends.base import Learner
+from burnish.data.batches import Example
+from burnish.data.formats import question
+from burnish.data.prepare import Prepared, prepare
+from burnish.data.render import Renderer
+from burnish.errors import EXIT_WILL_NOT_FIT, UserError, all_problems
+from burnish.evaluation.score import run_task
+from burnish.inference.generate import answer, sampling
+from burnish.machine.probe import Machine, probe
+from burnish.models.spec import read_spec
+from burnish.models.tokenizer import Tokenizer, load_tokenizer
+from burnish.planning.plan import Choice, Plan, make_plan
+from burnish.recipe import Recipe, dump, expand
+from burnish.runs.events import (
+    Answered,
+    Event,
+    Finished,
+    Interrupted,
+    Noted,
+    Planned,
+    Scored,
+    Stepped,
+    Validated,
+)
+from burnish.runs.folder import ADAPTER, BEST, RunFolder, State
+from burnish.training.trackers import open_trackers
+from burnish.training.train import train
+
+PINNED = ("micro_batch", "keep_layers", "loss_slice", "length_multiple")
+SAME = ("backend", "device", "weights", "compute", "quantize")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run is made of, read and checked before anything is written or loaded."""
+
+    plan: Plan
+    prepared: Prepared
+    tokenizer: Tokenizer
+    machine: Machine
+
+
+def gather(recipe: Recipe, near: Path) -> Material:
+    """Read model, data and machine, and plan. Raises UserError for whatever is wrong with any of them."""
+    if not recipe.model:
+        raise UserError("the recipe names no model", "set model=FOLDER")
+    machine = probe(near)
+    spec = read_spec(expand(recipe.model))
+    make_plan(recipe, spec, machine)  # refuses an impossible recipe before the data is read
+    tokenizer = load_tokenizer(spec.folder, recipe.trust_remote_code)
+    prepared = prepare(recipe, tokenizer)
+    return Material(make_plan(recipe, spec, machine, prepared.stats), prepared, tokenizer, machine)
+
+
+def run_job(
+    recipe: Recipe, out: Path, *, resume: bool, skip_before: bool, stop: Callable[[], bool]
+) -> Iterator[Event]:
+    """Raises UserError (bad input; exit 3 where it will not fit), OutOfMemory, NonFinite, Unsupported."""
+    began = time.monotonic()
+    material = gather(recipe, out)
+    trackers = open_trackers(recipe, out)
+    with (RunFolder.resume if resume else RunFolder.begin)(out, recipe) as run, trackers:
+        plan = _pinned(material.plan, run) if resume else material.plan
+        if not plan.fits:
+            raise UserError(
+                f"this needs {plan.total_bytes / 2**30:.1f} GiB and {plan.budget.value / 2**30:.1f} GiB "
+                f"are there ({plan.budget.reason})",
+                f"burnish plan   shows the parts; {_smaller(plan)}",
+                EXIT_WILL_NOT_FIT,
+            )
+        run.write_json("plan.json", plan.summary())
+        run.write_json("environment.json", _environment(material.machine))
+        for event in _events(material, plan, run, resume, skip_before, stop, began):
+            run.record(event)
+            trackers.hear(event)
+            yield event
+
+
+def _events(
+    material: Material,
+    plan: Plan,
+    run: RunFolder,
+    resume: bool,
+    skip_before: bool,
+    stop: Callable[[], bool],
+    began: float,
+) -> Iterator[Event]:
+    recipe, prepared = plan.recipe, material.prepared
+    folder, state, notes = _where(run, resume, _fingerprint(prepared.train.examples))
+    yield Planned(
+        str(run.path),
+        plan.summary(),
+        len(prepared.train.examples),
+        len(prepared.valid.examples),
+        prepared.train.tokens,
+        prepared.train.trained,
+        prepared.train.dropped,
+        prepared.train.truncated,
+        state.step,
+    )
+    yield from map(Noted, notes)
+    learner = backends.open(plan)
+    try:
+        if folder is not None:
+            learner.load(folder)
+        elif not skip_before:
+            yield from _judge("before", learner, material, stop)
+        step, best_step = state.step, state.best_step
+        for event in train(plan, learner, prepared, run, state, stop):
+            yield event
+            if isinstance(event, Stepped):
+                step = event.step
+            elif isinstance(event, Validated) and event.best:
+                best_step = event.step
+            elif isinstance(event, Interrupted):
+                return
+        peak = learner.memory().peak_bytes
+        from_step = step
+        if recipe.train.best and best_step is not None and best_step != step:
+            learner.load_adapter(run.path / BEST)
+            from_step = best_step
+        adapter = run.publish(ADAPTER, lambda folder: _write_adapter(folder, learner, material))
+        yield from _judge("after", learner, material, stop)
+        yield Finished(step, str(adapter), from_step, time.monotonic() - began, plan.total_bytes, peak)
+    finally:
+        learner.close()
+
+
+def _where(run: RunFolder, resume: bool, fingerprint: str) -> tuple[Path | None, State, list[str]]:
+    """The checkpoint to go on from, its state, and what to say about it; a fresh state where there is none.
+    """
+    found = run.newest_checkpoint() if resume else None
+    if found is None:
+        if resume:
+            run.take_back(0)
+        return None, State(data=fingerprint), []
+    folder, state, notes = found
+    if state.data != fingerprint:
+        raise UserError(
+            f"the training data has changed since {run.path} began",
+            "put the old data back, or begin a new run with --out DIR",
+        )
+    run.take_back(state.step)
+    return folder, state, notes
+
+
+def _judge(when: str, learner: Learner, material: Material, stop: Callable[[], bool]) -> Iterator[Event]:
+    """The recipe's questions, then its task over the validation rows."""
+    recipe, tokenizer = material.plan.recipe, material.tokenizer
+    renderer = Renderer(tokenizer, recipe.data.loss_on)
+    chat = tokenizer.has_chat_template and recipe.data.chat_template != "never"
+    how = sampling(recipe.generation, tokenizer)
+    for asked in recipe.ask:
+        if stop():
+            return
+        conversation = question(asked, recipe.data, material.prepared.format, chat)
+        given = answer(learner, tokenizer, [renderer.prompt(conversation)], how, recipe.generation.stop)[0]
+        text = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False)
+        yield Answered(when, text, given.text, given.finish, given.rung, given.reason)
+    task, rows = recipe.evaluate, material.prepared.valid.conversations
+    if task.task != "none" and rows and not stop():
+        results = run_task(
+            task.task,
+            learner,
+            tokenizer,
+            renderer,
+            rows[: task.rows],
+            task.max_new_tokens,
+            recipe.generation.stop,
+        )
+        yield Scored(when, task.task, sum(r.right for r in results), len(results))
+
+
+def _write_adapter(folder: Path, learner: Learner, material: Material) -> None:
+    """A PEFT folder with the tokenizer and the prompt it was trained with, so that serving uses the same."""
+    learner.save(folder)
+    (folder / "optimizer.safetensors").unlink()
+    material.tokenizer.save(folder)
+    (folder / "recipe.yaml").write_text(dump(material.plan.recipe), encoding="utf-8")
+    prompt = {"format": material.prepared.format, "why": material.prepared.why}
+    (folder / "burnish.json").write_text(
+        json.dumps(prompt, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def _fingerprint(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for e in examples:
+        digest.update(e.tokens.tobytes())
+        digest.update(e.weights.tobytes())
+    return digest.hexdigest()
+
+
+def _pinned(plan: Plan, run: RunFolder) -> Plan:
+    """The decisions the run began with: free memory may have changed since, but the numbers must not."""
+    began = run.read_json("plan.json")
+    if began is None:
+        return plan
+    choices = began["choices"]
+    moved = [
+        f"{name}: {choices[name]['value']} → {getattr(plan, name).value}"
+        for name in SAME
+        if choices[name]["value"] != getattr(plan, name).value
+    ]
+    if moved:
+        raise all_problems(
+            f"{run.path} was begun elsewhere:", moved, "resume it on the same machine and versions"
+        )
+    kept = {name: Choice(choices[name]["value"], "as the run began") for name in PINNED}
+    return replace(plan, **kept)
+
+
+def _smaller(plan: Plan) -> str:
+    if plan.keep_layers.value and plan.recipe.train.keep_layers != "auto":
+        return "set train.keep_layers=0"
+    if plan.micro_batch.value > 1:
+        return "set train.micro_batch=1"
+    return "try a smaller train.max_length, quantize=4bit, lora.targets=attention, or a smaller model"
+
+
+def _environment(machine: Machine) -> dict[str, object]:
+    return {
+        "burnish": __version__,
+        "python": platform.python_version(),
+        "command": sys.argv,
+        **asdict(machine),
+    }
