@@ -1,0 +1,126 @@
+"""The verbs, their arguments, and nothing else: each calls its own file once it is really run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from burnish import __version__
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Fine-tune language models with LoRA on the machine you have.",
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped recipe")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as train.lr=1e-4")
+]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable output with the same facts")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        print(f"burnish {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="run folder; runs/NAME where left out")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    skip_before: Annotated[
+        bool, typer.Option("--skip-before", help="do not answer and score before training")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Train: answers before, LoRA steps with checkpoints, answers after, an adapter folder."""
+    from burnish.cli.train import train_command
+
+    train_command(recipe, overrides or [], out, resume, skip_before, json)
+
+
+@app.command()
+def generate(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN", help="a run folder, an adapter folder or a model folder")
+    ],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="'-' or nothing reads stdin")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="such as generation.greedy=true")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="the prompt as it stands, without template")] = False,
+    json: Json = False,
+) -> None:
+    """Answer prompts with a run's adapter, with any PEFT adapter, or with a model alone."""
+    from burnish.cli.generate import generate_command
+
+    generate_command(target, prompts or [], set_ or [], raw, json)
+
+
+@app.command()
+def data(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    show: Annotated[int, typer.Option(help="print N examples, with what is trained marked")] = 0,
+    json: Json = False,
+) -> None:
+    """What the data holds: its format, its lengths, what is trained and what is not."""
+    from burnish.cli.data import data_command
+
+    data_command(recipe, overrides or [], show, json)
+
+
+@app.command()
+def plan(recipe: RecipeName, overrides: Overrides = None, json: Json = False) -> None:
+    """What would be decided for a recipe on this machine, why, and the memory it takes. Exit 3: it does not
+    fit.
+    """
+    from burnish.cli.plan import plan_command
+
+    plan_command(recipe, overrides or [], json)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """What this machine can do, and every known trap with its remedy."""
+    from burnish.cli.doctor import doctor_command
+
+    doctor_command(json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="print this recipe, to copy and change")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of recipes")] = False,
+) -> None:
+    """List the shipped recipes, or print one."""
+    from burnish.cli.recipes import recipes_command
+
+    recipes_command(name, schema)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="a GGUF file")],
+    out: Annotated[Path, typer.Argument(help="the model folder to write")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    force: Annotated[bool, typer.Option("--force", help="replace OUT if it is there")] = False,
+    json: Json = False,
+) -> None:
+    """Turn a GGUF file into a Hugging Face folder that transformers and mlx-lm read alike."""
+    from burnish.cli.convert import convert_command
+
+    convert_command(source, out, dtype, force, json)

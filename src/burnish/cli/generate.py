@@ -1,0 +1,108 @@
+"""`burnish generate`"""
+
+from __future__ import annotations
+
+import json as json_
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from burnish import backends
+from burnish.cli.show import print_json
+from burnish.data.formats import question
+from burnish.data.render import Renderer
+from burnish.errors import UserError
+from burnish.inference.generate import answer, sampling
+from burnish.machine.probe import probe
+from burnish.models.spec import read_spec
+from burnish.models.tokenizer import Tokenizer, load_tokenizer
+from burnish.planning.plan import make_plan
+from burnish.recipe import Recipe, dump, expand, load, parse
+from burnish.training.environment import prepare_environment
+
+
+def generate_command(target: str, prompts: list[str], overrides: list[str], raw: bool, json: bool) -> None:
+    prepare_environment()
+    folder = expand(target)
+    recipe, adapter, format = _opened(folder, overrides)
+    texts = [t for t in prompts if t != "-"]
+    if not texts or "-" in prompts:
+        texts.append(sys.stdin.read().rstrip("\n"))
+    if not all(texts):
+        raise UserError("there is no prompt", f"burnish generate {target} 'your question'")
+    spec = read_spec(expand(recipe.model))
+    tokenizer = load_tokenizer(spec.folder, recipe.trust_remote_code)
+    tokens = [_tokens(t, recipe, format, tokenizer, raw) for t in texts]
+    learner = backends.open(make_plan(recipe, spec, probe(Path.cwd())))
+    try:
+        if adapter is not None:
+            learner.load_adapter(adapter)
+        stream = not json and len(texts) == 1
+        how = sampling(recipe.generation, tokenizer)
+        given = answer(
+            learner,
+            tokenizer,
+            tokens,
+            how,
+            recipe.generation.stop,
+            (lambda _, piece: print(piece, end="", flush=True)) if stream else None,
+        )
+    finally:
+        learner.close()
+    for text, a in zip(texts, given, strict=True):
+        if json:
+            print_json({"prompt": text, **asdict(a)})
+        elif stream:
+            print()
+        else:
+            print(f"# {text}\n{a.text.strip()}\n")
+        if a.rung and not json:
+            print(f"burnish: answered by a fallback, {a.rung}: {a.reason}", file=sys.stderr)
+
+
+def _opened(folder: Path, overrides: list[str]) -> tuple[Recipe, Path | None, str]:
+    """The recipe, the adapter and the data format of a run, an adapter folder or a model folder."""
+    for place in (folder / "adapter", folder):
+        if (place / "adapter_config.json").is_file():
+            return _of_adapter(place, overrides)
+    if (folder / "recipe.yaml").is_file():
+        raise UserError(
+            f"{folder} is a run without a finished adapter", "burnish train … --resume   finishes it"
+        )
+    if (folder / "config.json").is_file():
+        return parse(f"model: {json_.dumps(str(folder))}", "recipe", overrides), None, "messages"
+    raise UserError(
+        f"{folder} is no run, no adapter and no model folder", "name a folder that a run has written"
+    )
+
+
+def _of_adapter(place: Path, overrides: list[str]) -> tuple[Recipe, Path, str]:
+    config = json_.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+    if (place / "recipe.yaml").is_file():
+        recipe = load(str(place / "recipe.yaml"), overrides)
+        return recipe, place, json_.loads((place / "burnish.json").read_text(encoding="utf-8"))["format"]
+    targets = config["target_modules"]
+    if not isinstance(targets, list) or config.get("layers_to_transform"):
+        raise UserError(
+            f"{place} was made elsewhere, with targets that burnish cannot name: {targets!r:.60}",
+            "adapters with a list of target_modules on every layer can be opened",
+        )
+    asked = Recipe(model=config["base_model_name_or_path"])
+    lora = asked.lora.model_copy(
+        update={
+            "rank": config["r"],
+            "alpha": config["lora_alpha"],
+            "targets": tuple(targets),
+            "rslora": bool(config.get("use_rslora")),
+        }
+    )
+    return parse(dump(asked.model_copy(update={"lora": lora})), str(place), overrides), place, "messages"
+
+
+def _tokens(text: str, recipe: Recipe, format: str, tokenizer: Tokenizer, raw: bool) -> list[int]:
+    renderer = Renderer(tokenizer, recipe.data.loss_on)
+    chat = tokenizer.has_chat_template and recipe.data.chat_template != "never"
+    conversation = question(text, recipe.data, "text" if raw else format, chat and not raw)
+    if raw:
+        conversation = replace(conversation, plain=True)
+    return renderer.prompt(conversation)

@@ -1,0 +1,39 @@
+"""`burnish plan`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from burnish.cli.show import choices_table, console, memory_table, print_json, verdict
+from burnish.data.prepare import prepare
+from burnish.errors import EXIT_WILL_NOT_FIT, UserError
+from burnish.machine.probe import probe
+from burnish.models.spec import read_spec
+from burnish.models.tokenizer import load_tokenizer
+from burnish.planning.plan import make_plan
+from burnish.recipe import expand, load
+from burnish.training.environment import prepare_environment
+
+
+def plan_command(name: str, overrides: list[str], json: bool) -> None:
+    recipe = load(name, overrides)
+    if not recipe.model:
+        raise UserError("the recipe names no model", "set model=FOLDER")
+    plan = make_plan(recipe, read_spec(expand(recipe.model)), probe(Path.cwd()))
+    if recipe.data.train and expand(recipe.data.train).is_file():  # known lengths make a closer plan
+        prepare_environment()
+        tokenizer = load_tokenizer(expand(recipe.model), recipe.trust_remote_code)
+        plan = plan.tightened(prepare(recipe, tokenizer).stats)
+    summary = plan.summary()
+    if json:
+        print_json(summary)
+    else:
+        out = console()
+        out.print(choices_table(summary["choices"]))
+        out.print()
+        out.print(memory_table(summary))
+        out.print(f"\n{verdict(summary)}")
+    if not plan.fits:
+        raise typer.Exit(EXIT_WILL_NOT_FIT)

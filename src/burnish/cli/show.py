@@ -1,0 +1,228 @@
+"""Everything a person sees in a terminal. Facts come in as values; only here do bytes become GiB.
+
+Where stdout is a terminal, training has a live line; elsewhere (a file, a pipe, CI) plain lines.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from burnish.runs.events import (
+    Answered,
+    Event,
+    Finished,
+    Interrupted,
+    Noted,
+    Planned,
+    Saved,
+    Scored,
+    Stepped,
+    Validated,
+    as_json,
+)
+
+
+def console() -> Console:
+    wide = None if sys.stdout.isatty() else 110
+    return Console(highlight=False, width=wide, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def choices_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(title="decided", title_justify="left", box=None, pad_edge=False)
+    for column in ("what", "value", "why"):
+        table.add_column(column, overflow="fold")
+    for name, choice in choices.items():
+        value = choice["value"]
+        if name == "budget":
+            value = gib(value)
+        elif isinstance(value, list | tuple):
+            value = _span(value)
+        table.add_row(name.replace("_", " "), str(value), choice["reason"])
+    return table
+
+
+def _span(values: Sequence[Any]) -> str:
+    if len(values) > 2 and list(values) == list(range(values[0], values[0] + len(values))):
+        return f"{values[0]}–{values[-1]}"
+    return ", ".join(str(v) for v in values)
+
+
+def memory_table(summary: Mapping[str, Any]) -> Table:
+    table = Table(title="memory", title_justify="left", box=None, pad_edge=False)
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    table.add_column("")
+    table.add_column("why", overflow="fold")
+    most = max((p["bytes"] for p in summary["estimate"]), default=1) or 1
+    for part in summary["estimate"]:
+        bar = "█" * round(16 * part["bytes"] / most)
+        table.add_row(part["part"], f"{part['bytes'] / 2**30:.2f}", bar, part["why"])
+    table.add_row(
+        "total", f"{summary['total_bytes'] / 2**30:.2f}", "", f"of {gib(summary['budget_bytes'])} budget"
+    )
+    return table
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    need, have = summary["total_bytes"], summary["budget_bytes"]
+    if need > have:
+        return f"does not fit: needs {gib(need)}, budget {gib(have)}"
+    return f"{'fits, but tightly' if need > 0.9 * have else 'fits'}: needs {gib(need)} of {gib(have)}"
+
+
+def trained_text(pieces: Sequence[tuple[str, bool]]) -> Text:
+    """Text with what is trained in green; where there are no colours, trained stretches stand in ⟦ ⟧."""
+    plain = not sys.stdout.isatty()
+    text = Text()
+    for piece, trained in pieces:
+        text.append(f"⟦{piece}⟧" if plain and trained else piece, style="bold green" if trained else "dim")
+    return text
+
+
+class TrainView:
+    """Hears a run's events and shows them; owns the live line while there is one."""
+
+    def __init__(self, log_every: int) -> None:
+        self._console, self._log_every = console(), log_every
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._tokens = self._seconds = 0.0
+
+    def __enter__(self) -> TrainView:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def hear(self, event: Event) -> None:
+        match event:
+            case Planned():
+                self._planned(event)
+            case Answered():
+                self._answered(event)
+            case Scored():
+                self._line(
+                    f"{event.task} {event.when} training: {event.percent:.1f} % "
+                    f"({event.correct} of {event.total})"
+                )
+            case Stepped():
+                self._stepped(event)
+            case Validated():
+                mark = "  (best so far)" if event.best else ""
+                self._line(
+                    f"step {event.step}: validation loss {event.loss:.4f}, "
+                    f"next-token accuracy {100 * event.accuracy:.1f} %{mark}"
+                )
+            case Saved():
+                self._line(f"step {event.step}: saved {event.folder}")
+            case Noted():
+                self._line(event.message)
+            case Interrupted():
+                self._line(
+                    f"interrupted after step {event.step}; the same command with --resume goes on from there"
+                )
+            case Finished():
+                self._finished(event)
+
+    def _line(self, text: str) -> None:
+        self._console.print(text)
+
+    def _planned(self, e: Planned) -> None:
+        choices = e.summary["choices"]
+        values = {k: choices[k]["value"] for k in choices}
+        self._line(
+            f"run {e.out}: {e.examples} examples ({e.tokens} tokens, {e.trained} of them trained), "
+            f"{e.valid_examples} to validate on"
+        )
+        if e.dropped or e.truncated:
+            self._line(
+                f"  {e.dropped} rows left out and {e.truncated} cut, being longer than the longest allowed"
+            )
+        keep, layers = values["keep_layers"], len(values["layers"])
+        self._line(
+            f"  {values['backend']} on {values['device']}, weights {values['weights']}"
+            f"{'' if values['quantize'] == 'none' else ' ' + values['quantize']}; "
+            f"computing in {values['compute']}; "
+            f"micro-batch {values['micro_batch']}; activations kept for {keep} layers, adapters in {layers}"
+        )
+        self._line(f"  {verdict(e.summary)}")
+        if e.resumed_at:
+            self._line(f"  going on after step {e.resumed_at}")
+
+    def _answered(self, e: Answered) -> None:
+        self._line(f"\n{e.when} training, asked: {e.question}")
+        note = f"  [{e.rung}: {e.reason}]" if e.rung else ""
+        cut = "  [stopped at max_new_tokens]" if e.finish == "length" else ""
+        self._line(f"  answer: {e.answer.strip()}{cut}{note}\n")
+
+    def _stepped(self, e: Stepped) -> None:
+        self._tokens, self._seconds = self._tokens + e.tokens, self._seconds + e.seconds
+        rate = self._tokens / self._seconds
+        left = duration((e.steps - e.step) * self._seconds / max(1, round(self._tokens / e.tokens)))
+        text = (
+            f"loss {e.loss:.4f}  lr {e.lr:.2e}  {rate:.0f} tokens/s  "
+            f"{gib(e.now_bytes)} (peak {gib(e.peak_bytes)})  left {left}"
+        )
+        if self._console.is_terminal:
+            self._live(e, text)
+        elif e.step % self._log_every == 0 or e.step == e.steps:
+            self._line(f"step {e.step}/{e.steps}  {text}")
+
+    def _live(self, e: Stepped, text: str) -> None:
+        if self._progress is None:
+            columns = (
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(20),
+                TextColumn("{task.description}"),
+            )
+            self._progress = Progress(*columns, console=self._console)
+            self._progress.start()
+            self._task = self._progress.add_task(text, total=e.steps)
+        assert self._task is not None
+        self._progress.update(self._task, completed=e.step, description=text)
+        if e.step == e.steps:
+            self.__exit__()
+
+    def _finished(self, e: Finished) -> None:
+        self._line(f"\nadapter of step {e.from_step}: {e.adapter}   ({duration(e.seconds)} in all)")
+        off = 100 * (e.estimated_bytes - e.peak_bytes) / e.peak_bytes if e.peak_bytes else 0
+        self._line(
+            f"memory: estimated {gib(e.estimated_bytes)}, measured peak {gib(e.peak_bytes)} ({off:+.0f} %)"
+        )
+
+
+class JsonView:
+    """Every event as one JSON line."""
+
+    def __enter__(self) -> JsonView:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def hear(self, event: Event) -> None:
+        print_json(as_json(event))
