@@ -214,7 +214,8 @@ def _flatten(batch: Batch, device: torch.device) -> Flat:
     used = segments > 0
     row = np.broadcast_to(np.arange(len(segments))[:, None], segments.shape)[used]
     changes = np.flatnonzero(np.diff(row) | np.diff(segments[used])) + 1
-    lengths = tuple(int(n) for n in np.diff([0, *changes, int(used.sum())]))
+    edges = np.concatenate([[0], changes, [used.sum()]])
+    lengths = tuple(np.diff(edges).tolist())
     weights = batch.weights_BT[used]
     supervised = np.flatnonzero(weights)
     tensor = partial(torch.as_tensor, device=device)

@@ -100,7 +100,7 @@ def lora_config(plan: Plan) -> LoraConfig:
     lora, every = plan.recipe.lora, len(plan.layers.value) == plan.spec.n_layers
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         bias=lora.bias,  # type: ignore[arg-type]

@@ -81,7 +81,8 @@ class LoraLinear(PeftLinear):
             return _Adapted.apply(x, base.weight, base.bias, A, B, scale, self.masks, key)
         dropped = x if key is None or self.masks is None else x * self.masks.draw(key, x)
         # A quantised base layer has its own kernels for y and for the gradient of x.
-        return base(x) + linear(linear(dropped, A.to(x.dtype)), B.to(x.dtype)) * scale
+        low = linear(dropped, A.to(x.dtype))  # type: ignore[arg-type]
+        return base(x) + linear(low, B.to(x.dtype)) * scale  # type: ignore[arg-type]
 
 
 class _Adapted(torch.autograd.Function):
