@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from burnish.data.batches import Batch, Example
-from burnish.machine.probe import Machine
+from burnish.machine.probe import Gpu, Machine
 from burnish.models.spec import read_spec
 from burnish.planning.plan import DataStats, Plan, make_plan
 from burnish.recipe import Recipe
@@ -38,6 +39,7 @@ MACHINE = Machine(
     ram_bytes=8 << 30, free_ram_bytes=6 << 30, free_disk_bytes=100 << 30, unified=False, cpu_bfloat16=False,
     gpu_bfloat16=False, gpus=(), versions={},
 )
+GPU = Gpu("any", "cuda", 8 << 30, 8 << 30)
 
 
 def tiny_tokenizer(folder: Path, vocab_size: int = 280) -> Path:
@@ -113,8 +115,10 @@ def tiny_recipe(model: Path, **overrides: Any) -> Recipe:
 
 
 def tiny_plan(model: Path, stats: DataStats | None = None, **overrides: Any) -> Plan:
-    """The plan of `tiny_recipe` on a fixed two-core machine without a GPU."""
-    return make_plan(tiny_recipe(model, **overrides), read_spec(model), MACHINE, stats)
+    """The plan of `tiny_recipe` on a fixed two-core machine; with a GPU only where device="cuda" asks for one."""
+    recipe = tiny_recipe(model, **overrides)
+    machine = replace(MACHINE, gpus=(GPU,)) if recipe.device == "cuda" else MACHINE
+    return make_plan(recipe, read_spec(model), machine, stats)
 
 
 def random_example(rng: np.random.Generator, length: int, vocab: int, trained: float = 0.6) -> Example:

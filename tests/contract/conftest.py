@@ -35,16 +35,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"), "qwen2")
 
 
-def maker(model: Path, backend: str) -> Make:
+def maker(model: Path, backend: str, device: str = "cpu") -> Make:
     def make(**overrides: Any) -> Learner:
-        return burnish.backends.open(tiny_plan(model, **{"backend": backend, **overrides}))
+        return burnish.backends.open(tiny_plan(model, **{"backend": backend, "device": device, **overrides}))
 
     return make
 
 
-@pytest.fixture(params=["reference", "torch"])
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+
+
+@pytest.fixture(params=["reference", "torch", pytest.param("torch-cuda", marks=[pytest.mark.cuda, NO_CUDA])])
 def make(request: pytest.FixtureRequest, model: Path) -> Make:
-    return maker(model, request.param)
+    backend, _, device = request.param.partition("-")
+    return maker(model, backend, device or "cpu")
 
 
 @pytest.fixture

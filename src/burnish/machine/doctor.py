@@ -21,17 +21,14 @@ GIB = 1 << 30
 PYTHONS = ((3, 11), (3, 13))  # first and last
 # package → the oldest version that will do, the first that may not, is it needed; as in pyproject.toml
 RANGES = {
-    "torch": ((2, 6), (2, 16), True),
-    "transformers": ((5, 9), (6,), True),
+    "torch": ((2, 11), (2, 16), True),
+    "transformers": ((5, 17), (6,), True),
     "safetensors": ((0, 5), (1,), True),
     "numpy": ((1, 26), (3,), True),
-    "peft": ((0, 18), (0, 22), False),
+    "peft": ((0, 21), (0, 22), True),
     "bitsandbytes": ((0, 46), (1,), False),
 }
-OPTIONAL = {
-    "peft": "burnish writes and reads PEFT folders without it; install it to load adapters elsewhere",
-    "bitsandbytes": "only `quantize: nf4` needs it: pip install bitsandbytes",
-}
+OPTIONAL = {"bitsandbytes": "only `quantize: 4bit` needs it: pip install 'burnish[bnb]'"}
 # The oldest macOS on which each torch's MPS runs: pytorch#133141 (2.5), pytorch#159275 and #163515 (2.9), and
 # the source of 2.15, whose wheel still says 14.
 MPS_NEEDS = (((2, 15), 15), ((2, 9), 14), ((2, 5), 13), ((1, 12), 12))

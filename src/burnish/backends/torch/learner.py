@@ -24,7 +24,7 @@ from burnish.backends.base import Memory, Sampling, Scores, StepStats, Token
 from burnish.backends.torch.attention import Segments, unused_mask
 from burnish.backends.torch.device import MemoryMeter, free_cache, keeps_padding, translated
 from burnish.backends.torch.generate import generate
-from burnish.backends.torch.lora import Masks
+from burnish.backends.torch.lora import LoraLinear, Masks, narrow
 from burnish.backends.torch.loss import Head, SlicedLoss
 from burnish.backends.torch.recompute import Recomputation
 from burnish.data.batches import Batch
@@ -51,12 +51,14 @@ class TorchLearner:
         self._recompute = Recomputation(self._decoder.layers, min(plan.layers.value), plan.keep_layers.value)
         self._trainable = {_plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
         self._optimizer = _adamw(list(self._trainable.values()), plan.recipe.train.weight_decay)
+        self._adapted = [m for m in model.modules() if isinstance(m, LoraLinear)]
+        narrow(self._adapted, compute)
         self._meter = MemoryMeter(self._device)
 
     # --- Model ---
 
     def score(self, batch: Batch) -> Scores:
-        flat = _flatten(batch, self._device)
+        flat = _flatten(batch, self._device, self._head.weight_VD.shape[0])
         with translated(), torch.inference_mode():
             _, nll, hit = self._loss(flat, flat.weights)
         out = Scores(np.zeros(batch.weights_BT.shape, np.float32), np.zeros(batch.weights_BT.shape, bool))
@@ -83,11 +85,13 @@ class TorchLearner:
                     t.data = t.data.to(target, torch.float32 if wide else t.dtype)
             free_cache(where)
             self._device, self._compute = target, torch.float32 if dtype == "float32" else compute
+            narrow(self._adapted, self._compute)
             yield
         finally:
             for t, old_device, old_dtype in before:
                 t.data = t.data.to(old_device, old_dtype)
             self._device, self._compute = where, compute
+            narrow(self._adapted, compute)
 
     def close(self) -> None:
         """Give the memory back; the learner is of no use afterwards."""
@@ -117,6 +121,7 @@ class TorchLearner:
                 for group in self._optimizer.param_groups:
                     group["lr"] = lr
                 self._optimizer.step()
+            narrow(self._adapted, self._compute)
             self._step += 1
         finally:
             self._masks.off()
@@ -153,6 +158,7 @@ class TorchLearner:
         with torch.no_grad():
             for name, p in self._trainable.items():
                 p.copy_(torch.from_numpy(weights[name]))
+        narrow(self._adapted, self._compute)
 
     # --- the engine ---
 
@@ -163,7 +169,7 @@ class TorchLearner:
             if micro.weight == 0:
                 continue
             self._masks.at(self._step, number)
-            flat = _flatten(micro, self._device)
+            flat = _flatten(micro, self._device, self._head.weight_VD.shape[0])
             value, _, _ = self._loss(flat, flat.weights / total)
             self._meter.sample()
             value.backward()
@@ -205,13 +211,16 @@ class Flat:
     where: tuple[np.ndarray, ...]  # the same M positions in the batch
 
 
-def _flatten(batch: Batch, device: torch.device) -> Flat:
+def _flatten(batch: Batch, device: torch.device, n_words: int) -> Flat:
     segments = batch.segments_BT
     if keeps_padding(
         device
     ):  # padding becomes the tail of its row's last segment, which causality keeps it out of
         segments = np.maximum.accumulate(segments, axis=1)
     used = segments > 0
+    # Beyond the embedding matrix, CUDA ends the process's use of the GPU and MPS reads whatever lies there.
+    most = int(max(batch.tokens_BT.max(), batch.targets_BT.max()))
+    assert most < n_words, f"token {most} in a vocabulary of {n_words}"
     row = np.broadcast_to(np.arange(len(segments))[:, None], segments.shape)[used]
     changes = np.flatnonzero(np.diff(row) | np.diff(segments[used])) + 1
     edges = np.concatenate([[0], changes, [used.sum()]])

@@ -15,6 +15,7 @@ from burnish.backends.torch import attention
 from burnish.backends.torch.device import translated
 from burnish.backends.torch.learner import TorchLearner
 from burnish.backends.torch.lora import FrozenLinear, LoraLinear, Masks, frozen
+from burnish.backends.torch.norm import fuse_norms
 from burnish.errors import Unsupported, UserError
 from burnish.planning.plan import Plan
 
@@ -75,6 +76,7 @@ def adapt(base: nn.Module, plan: Plan) -> TorchLearner:
     if not isinstance(layers, nn.ModuleList) or len(layers) != plan.spec.n_layers:
         raise Unsupported(f"{type(base).__name__} has no list of {plan.spec.n_layers} decoder layers")
     _freeze_linears(layers)
+    fuse_norms(decoder)
     recipe = plan.recipe
     config = lora_config(plan)
     config._register_custom_module({FrozenLinear: LoraLinear, **_quantized_linears(layers)})

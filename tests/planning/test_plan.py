@@ -1,0 +1,150 @@
+"""Decisions on recorded machines, and the arithmetic of memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from burnish.errors import UserError
+from burnish.machine.probe import Machine, probe
+from burnish.models.spec import ModelSpec, TensorInfo, linears_of
+from burnish.planning.memory import Shape, adapter_parameters, estimate, total, weight_bytes
+from burnish.planning.plan import DataStats, Plan, make_plan
+from burnish.recipe import parse
+from tests.machine import recorded
+
+GIB = 1 << 30
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def qwen2(hidden: int, layers: int, heads: int, kv: int, inner: int, words: int) -> ModelSpec:
+    size = hidden // heads
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (words, hidden),
+        "lm_head.weight": (words, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for i in range(layers):
+        at = f"model.layers.{i}."
+        for name, rows in (("q", heads * size), ("k", kv * size), ("v", kv * size)):
+            shapes[f"{at}self_attn.{name}_proj.weight"] = (rows, hidden)
+            shapes[f"{at}self_attn.{name}_proj.bias"] = (rows,)
+        shapes[f"{at}self_attn.o_proj.weight"] = (hidden, heads * size)
+        shapes[f"{at}mlp.gate_proj.weight"] = shapes[f"{at}mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{at}mlp.down_proj.weight"] = (hidden, inner)
+        shapes[f"{at}input_layernorm.weight"] = shapes[f"{at}post_attention_layernorm.weight"] = (hidden,)
+    tensors = {k: TensorInfo("BF16", v, "x") for k, v in shapes.items()}
+    sizes = (layers, hidden, inner, heads, kv, size, words, 131072)
+    return ModelSpec(Path("m"), "qwen2", "Qwen2ForCausalLM", *sizes, False, (), tensors, linears_of(tensors))
+
+
+SPEC_14B = qwen2(5120, 48, 40, 8, 13824, 152064)
+SMALL = qwen2(256, 4, 4, 2, 704, 4096)
+
+
+def machine(which: Any) -> Machine:
+    return probe(Path("/"), which)
+
+
+def planned(spec: ModelSpec, which: Any, *overrides: str, stats: DataStats | None = None) -> Plan:
+    return make_plan(parse("", "test", overrides), spec, machine(which), stats)
+
+
+def test_the_guides_model_has_the_parameters_it_is_known_for() -> None:
+    assert SPEC_14B.parameters == pytest.approx(14.77e9, rel=2e-3)
+    assert sorted(LINEARS) == sorted(SPEC_14B.attention_linears + SPEC_14B.mlp_linears)
+
+
+@pytest.mark.parametrize(
+    ("which", "device", "weights", "compute"),
+    [
+        (recorded.M1_8, "mps", "bfloat16", "float32"),
+        (recorded.M4_MAX_128, "mps", "bfloat16", "bfloat16"),
+        (recorded.H100, "cuda", "bfloat16", "bfloat16"),
+        (recorded.CONTAINER, "cpu", "float32", "float32"),
+    ],
+)
+def test_device_and_dtypes(which: Any, device: str, weights: str, compute: str) -> None:
+    plan = planned(SMALL, which)
+    assert (plan.device.value, plan.weights.value, plan.compute.value) == (device, weights, compute)
+
+
+def test_float32_14b_does_not_fit_32_gb_as_the_guide_would_have_it() -> None:
+    plan = planned(
+        SPEC_14B, recorded.M2_PRO_32, "dtype=float32", "train.max_length=1024", "train.batch_size=1"
+    )
+    weights = next(p for p in plan.estimate if p.name == "weights")
+    assert weights.n_bytes > 55 * GIB and not plan.fits
+
+
+def test_every_choice_has_a_reason() -> None:
+    for name, choice in planned(SPEC_14B, recorded.H100).choices().items():
+        assert choice.reason, name
+
+
+def test_what_memory_is_left_keeps_activations() -> None:
+    stats = DataStats(100, 2048, 100 * 2048, 100 * 2048)
+    roomy = planned(SPEC_14B, recorded.H100, "train.batch_size=1", stats=stats)
+    assert 0 < roomy.keep_layers.value <= 48 and roomy.fits
+    tight = planned(SPEC_14B, recorded.H100, "train.batch_size=1", "train.max_length=32768")
+    assert tight.keep_layers.value < roomy.keep_layers.value
+
+
+def test_a_number_of_the_recipe_is_used_as_given() -> None:
+    plan = planned(SMALL, recorded.CONTAINER, "train.micro_batch=2", "train.keep_layers=1")
+    assert (plan.micro_batch.value, plan.keep_layers.value) == (2, 1)
+
+
+def test_true_lengths_tighten_the_plan() -> None:
+    plan = planned(SPEC_14B, recorded.H100)
+    tight = plan.tightened(DataStats(100, 200, 10_000, 3_000))
+    assert tight.length.value == 200 and tight.total_bytes < plan.total_bytes
+    assert tight.micro_batch.value >= plan.micro_batch.value
+    assert tight.steps is not None and tight.steps.value == 13
+
+
+def test_mps_rounds_lengths_up_and_pays_for_attention_scores() -> None:
+    plan = planned(SMALL, recorded.M4_MAX_128, stats=DataStats(10, 100, 1000, 1000))
+    assert plan.length_multiple.value == 64
+    shape = Shape("mps", "bfloat16", "bfloat16", "none", 8, LINEARS, (0,), 1, 1024, 0, 64, 1.0)
+    assert total(estimate(SMALL, shape)) > total(estimate(SMALL, replace(shape, device="cuda")))
+
+
+def test_memory_arithmetic_against_counting() -> None:
+    shape = Shape("cuda", "bfloat16", "bfloat16", "none", 16, LINEARS, tuple(range(48)), 1, 2048, 0, 64, 1.0)
+    assert weight_bytes(SPEC_14B, shape) == 2 * SPEC_14B.parameters
+    counted = sum(16 * (out + into) for out, into in SPEC_14B.linears.values()) * 48
+    assert adapter_parameters(SPEC_14B, shape) == counted == pytest.approx(68.8e6, rel=0.01)
+    four_bit = weight_bytes(SPEC_14B, replace(shape, quantize="4bit"))
+    assert four_bit == pytest.approx(9.6 * GIB, rel=0.1)  # PEERS: bitsandbytes NF4 holds 9.6 GiB
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["device=mps"], "device: mps is not on this machine; there is: cpu"),
+        (["backend=mlx"], "mlx is not part of this version"),
+        (["lora.targets=[qproj]"], "qproj not in this model; its decoder layers have"),
+        (["lora.targets=[lm_head]"], "the head and the embeddings are not trained"),
+        (["lora.last_layers=9"], "this model has 4 decoder layers"),
+        (["train.max_length=200000"], "more than this model's 131072 positions"),
+        (["train.keep_layers=9"], "this model has 4 layers"),
+        (["backend=reference", "dtype=bfloat16"], "computes in float32"),
+        (["backend=reference", "quantize=4bit"], "has no quantised base"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        planned(SMALL, recorded.CONTAINER, *overrides)
+
+
+def test_the_summary_is_the_plan() -> None:
+    plan = planned(SMALL, recorded.CONTAINER)
+    summary = plan.summary()
+    assert summary["total_bytes"] == sum(p["bytes"] for p in summary["estimate"]) == plan.total_bytes
+    assert summary["fits"] == (summary["total_bytes"] <= summary["budget_bytes"])
+    assert summary["choices"]["device"]["value"] == "cpu"
