@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import psutil
 
@@ -12,13 +13,18 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The largest resident size since the process began (ru_maxrss: bytes on macOS, KiB on Linux)."""
+    """The largest resident size since the process began.
+
+    On Linux VmHWM: ru_maxrss there begins at the size of the parent that forked the process.
+    """
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def available_bytes() -> int:

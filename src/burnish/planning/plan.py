@@ -330,7 +330,10 @@ def _keep_layers(recipe: Recipe, spec: ModelSpec, shape: Shape, budget: int) -> 
     asked = recipe.train.keep_layers
     if asked != "auto":
         if asked > spec.n_layers:
-            raise UserError(f"train.keep_layers: {asked}, but this model has {spec.n_layers} layers")
+            raise UserError(
+                f"train.keep_layers: {asked}, but this model has {spec.n_layers} layers",
+                f"set train.keep_layers to at most {spec.n_layers}, or to auto",
+            )
         return Choice(asked, "as the recipe says")
     n = _largest(spec.n_layers, lambda k: total(estimate(spec, replace(shape, keep_layers=k))) <= budget, 0)
     if n == spec.n_layers:
