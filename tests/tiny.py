@@ -115,7 +115,9 @@ def tiny_recipe(model: Path, **overrides: Any) -> Recipe:
 
 
 def tiny_plan(model: Path, stats: DataStats | None = None, **overrides: Any) -> Plan:
-    """The plan of `tiny_recipe` on a fixed two-core machine; with a GPU only where device="cuda" asks for one."""
+    """The plan of `tiny_recipe` on a fixed two-core machine; with a GPU only where device="cuda" asks for
+    one.
+    """
     recipe = tiny_recipe(model, **overrides)
     machine = replace(MACHINE, gpus=(GPU,)) if recipe.device == "cuda" else MACHINE
     return make_plan(recipe, read_spec(model), machine, stats)

@@ -327,7 +327,8 @@ def _example(prompt: Sequence[int], answer: Sequence[int]) -> Any:
 def check_8_closing_frees(make: Make, tmp: Path) -> None:
     """Closing the iterator frees the cache, and training goes on as if nothing had been generated."""
     learner, twin = make(), make()
-    long = [list(range(3, 103)), list(range(103, 203))] * 8  # so that the cache outweighs what Python itself keeps
+    # So many that the cache outweighs what Python itself keeps.
+    long = [list(range(3, 103)), list(range(103, 203))] * 8
     list(learner.generate(long, Sampling(2)))  # what the framework sets up once is not the cache
     tracemalloc.start()
     try:
@@ -340,7 +341,8 @@ def check_8_closing_frees(make: Make, tmp: Path) -> None:
         after = held_bytes()
     finally:
         tracemalloc.stop()
-    cache = 2 * N_LAYERS * len(long) * 100 * 2 * 8 * 4  # keys and values, layers, prompts, tokens, heads, size, bytes
+    # Keys and values, layers, prompts, tokens, heads, size, bytes.
+    cache = 2 * N_LAYERS * len(long) * 100 * 2 * 8 * 4
     assert during - before >= cache
     assert after - before < cache / 4, f"{after - before} of {during - before} bytes are still held"
     assert learner.step([BATCH], LR) == twin.step([BATCH], LR)

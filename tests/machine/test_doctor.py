@@ -89,7 +89,8 @@ def test_macos_against_torch(macos: str, torch: str, status: str, advice: str):
     ("torch", "", "problem"), ("torch", "2.5.1", "problem"), ("torch", "2.11.0+cu130", "ok"),
     ("torch", "2.16.0", "problem"),
     ("transformers", "4.57.1", "problem"), ("transformers", "5.23.0", "ok"), ("transformers", "", "problem"),
-    ("peft", "", "problem"), ("peft", "0.10.0", "problem"), ("numpy", "1.26.4", "ok"), ("numpy", "2.4.6", "ok"),
+    ("peft", "", "problem"), ("peft", "0.10.0", "problem"), ("numpy", "1.26.4", "ok"),
+    ("numpy", "2.4.6", "ok"),
     ("bitsandbytes", "", "ok"),
 ])
 def test_packages(package: str, version: str, status: str):

@@ -127,7 +127,7 @@ def layer_activation_bytes(spec: ModelSpec, s: Shape) -> int:
 def layer_work(spec: ModelSpec, s: Shape) -> int:
     """A layer's activations while it runs backward, and the gradients among them.
 
-    Measured at Qwen2-7B on CUDA: 1.4 times the activations. Where the base is held narrower than is computed in,
+    Measured at Qwen2-7B on CUDA: 1.4 times the activations. Where the base is held narrower than computed in,
     one weight widened at a time comes on top.
     """
     widest = max((math.prod(shape) for shape in spec.linears.values()), default=0)
