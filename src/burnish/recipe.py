@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from burnish.errors import UserError, all_problems
 
+_KEYS = "burnish recipes --schema   prints every key"
+_SAMPLE = "burnish recipes demo   prints one to copy"
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Path_ = str  # kept as written; `expand` makes it absolute where it is used
@@ -171,7 +174,8 @@ def expand(path: str) -> Path:
     try:
         return Path(path).expanduser().absolute()
     except RuntimeError as e:
-        raise UserError(f"{path}: there is no such user whose home `~` could mean") from e
+        raise UserError(f"{path}: there is no such user whose home `~` could mean",
+                        "write the whole path, or ~/… for your own home") from e
 
 
 def shipped() -> list[str]:
@@ -201,7 +205,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
         try:
             text, where = path.read_text(encoding="utf-8"), recipe
         except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{recipe}: cannot be read as UTF-8 text: {e}") from e
+            raise UserError(f"{recipe}: cannot be read as UTF-8 text: {e}", "save it as UTF-8") from e
     elif recipe in shipped():
         text, where = shipped_text(recipe), f"{recipe} (shipped)"
     else:
@@ -219,11 +223,12 @@ def parse(text: str, where: str = "recipe", overrides: Sequence[str] = ()) -> Re
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: this is not YAML: {getattr(e, 'problem', None) or e}") from e
+        problem = getattr(e, "problem", None) or e
+        raise UserError(f"{where}{line}: this is not YAML: {problem}", _SAMPLE) from e
     asked = {} if asked is None else asked
     if not isinstance(asked, dict):
         got = type(asked).__name__
-        raise UserError(f"{where}:1: expected sections such as `model:` and `train:`, got {got}")
+        raise UserError(f"{where}:1: expected sections such as `model:` and `train:`, got {got}", _SAMPLE)
     sources = _lines(node, where)
     for name in {k.partition(".")[0] for k in known_keys() if "." in k}:
         if name in asked and asked[name] is None:  # `lora:` with every line under it commented out
@@ -238,7 +243,7 @@ def parse(text: str, where: str = "recipe", overrides: Sequence[str] = ()) -> Re
         raise all_problems(
             f"{where}: the recipe has {len(problems)} problem{'s' * (len(problems) > 1)}:",
             problems,
-            "burnish recipes --schema   prints every key",
+            _KEYS,
         ) from e
 
 
@@ -268,11 +273,12 @@ def _apply(asked: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(f"override {override!r}: expected section.key=value, such as train.lr=1e-4")
+        raise UserError(f"override {override!r}: expected section.key=value, such as train.lr=1e-4", _KEYS)
     for i, part in enumerate(parts[:-1]):
         asked = asked.setdefault(part, {})
         if not isinstance(asked, dict):
-            raise UserError(f"override {override!r}: {'.'.join(parts[: i + 1])} is a value, not a section")
+            section = ".".join(parts[: i + 1])
+            raise UserError(f"override {override!r}: {section} is a value, not a section", _KEYS)
     asked[parts[-1]] = _value(key.strip(), value)
 
 

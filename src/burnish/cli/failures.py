@@ -15,7 +15,8 @@ def exit_code_of(error: Exception) -> int | None:
     if isinstance(error, OutOfMemory):
         _say(
             f"memory ran out: {str(error).splitlines()[0]}",
-            "set train.micro_batch=1 or train.keep_layers=0, a smaller train.max_length; then --resume",
+            "begin again with train.micro_batch=1, train.keep_layers=0 or a smaller train.max_length, and "
+            "--out DIR",
         )
         return EXIT_OUT_OF_MEMORY
     if isinstance(error, NonFinite):

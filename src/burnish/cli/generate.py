@@ -6,18 +6,19 @@ import json as json_
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from burnish import backends
 from burnish.cli.show import print_json
 from burnish.data.formats import question
 from burnish.data.render import Renderer
 from burnish.errors import UserError
-from burnish.inference.generate import answer, sampling
+from burnish.inference.generate import answer, check_window, sampling
 from burnish.machine.probe import probe
 from burnish.models.spec import read_spec
 from burnish.models.tokenizer import Tokenizer, load_tokenizer
 from burnish.planning.plan import make_plan
-from burnish.recipe import Recipe, dump, expand, load, parse
+from burnish.recipe import Recipe, Train, dump, expand, load, parse
 from burnish.training.environment import prepare_environment
 
 
@@ -33,6 +34,8 @@ def generate_command(target: str, prompts: list[str], overrides: list[str], raw:
     spec = read_spec(expand(recipe.model))
     tokenizer = load_tokenizer(spec.folder, recipe.trust_remote_code)
     tokens = [_tokens(t, recipe, format, tokenizer, raw) for t in texts]
+    for number, prompt in enumerate(tokens, 1):
+        check_window(prompt, spec.max_positions, f"prompt {number}")
     learner = backends.open(make_plan(recipe, spec, probe(Path.cwd())))
     try:
         if adapter is not None:
@@ -70,24 +73,26 @@ def _opened(folder: Path, overrides: list[str]) -> tuple[Recipe, Path | None, st
             f"{folder} is a run without a finished adapter", "burnish train … --resume   finishes it"
         )
     if (folder / "config.json").is_file():
-        return parse(f"model: {json_.dumps(str(folder))}", "recipe", overrides), None, "messages"
+        return parse(dump(_for_answers(str(folder))), "recipe", overrides), None, "messages"
     raise UserError(
         f"{folder} is no run, no adapter and no model folder", "name a folder that a run has written"
     )
 
 
 def _of_adapter(place: Path, overrides: list[str]) -> tuple[Recipe, Path, str]:
-    config = json_.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
     if (place / "recipe.yaml").is_file():
         recipe = load(str(place / "recipe.yaml"), overrides)
-        return recipe, place, json_.loads((place / "burnish.json").read_text(encoding="utf-8"))["format"]
+        return recipe, place, _read(place / "burnish.json", ("format",))["format"]
+    config = _read(
+        place / "adapter_config.json", ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
+    )
     targets = config["target_modules"]
     if not isinstance(targets, list) or config.get("layers_to_transform"):
         raise UserError(
             f"{place} was made elsewhere, with targets that burnish cannot name: {targets!r:.60}",
             "adapters with a list of target_modules on every layer can be opened",
         )
-    asked = Recipe(model=config["base_model_name_or_path"])
+    asked = _for_answers(config["base_model_name_or_path"])
     lora = asked.lora.model_copy(
         update={
             "rank": config["r"],
@@ -97,6 +102,25 @@ def _of_adapter(place: Path, overrides: list[str]) -> tuple[Recipe, Path, str]:
         }
     )
     return parse(dump(asked.model_copy(update={"lora": lora})), str(place), overrides), place, "messages"
+
+
+def _for_answers(model: str) -> Recipe:
+    """Lengths of training mean nothing here; the least is one that every model's positions allow."""
+    return Recipe(model=model, train=Train(max_length=2))
+
+
+def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    again = "copy the adapter folder again, whole"
+    try:
+        config = json_.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(f"{path} is not there", again) from e
+    except ValueError as e:
+        raise UserError(f"{path} is not JSON: {e}", again) from e
+    missing = [k for k in keys if k not in config]
+    if missing:
+        raise UserError(f"{path} names no {', '.join(missing)}; expected a LoRA adapter of PEFT", again)
+    return config
 
 
 def _tokens(text: str, recipe: Recipe, format: str, tokenizer: Tokenizer, raw: bool) -> list[int]:

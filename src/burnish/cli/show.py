@@ -64,7 +64,8 @@ def choices_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _span(values: Sequence[Any]) -> str:
-    if len(values) > 2 and list(values) == list(range(values[0], values[0] + len(values))):
+    first = values[0] if values else None
+    if len(values) > 2 and isinstance(first, int) and list(values) == list(range(first, first + len(values))):
         return f"{values[0]}–{values[-1]}"
     return ", ".join(str(v) for v in values)
 

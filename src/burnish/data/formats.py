@@ -66,7 +66,10 @@ def read_conversations(rows: Sequence[Row], settings: Data, chat_template: bool)
     problems: list[str] = []
     for row in rows:
         try:
-            conversations.append(reader(row))
+            conversation = reader(row)
+            for turn in conversation.turns:
+                _check_text(turn.content)
+            conversations.append(conversation)
         except _Bad as e:
             problems.append(f"{row.at}: {e}")
     if problems:
@@ -151,6 +154,14 @@ def _check_fields(template: str, columns: Sequence[str], key: str, file: str) ->
             f"{key} names {{{wrong[0]}}}, which is no column of {file}{did}",
             f"its columns are {', '.join(columns)}; write {{{{ and }}}} for braces of the text itself",
         )
+
+
+def _check_text(text: str) -> None:
+    """JSON can hold one half of a surrogate pair (cut text does); no tokenizer can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise _Bad(f"half a character (\\u{ord(text[e.start]):04x}); expected whole Unicode text") from e
 
 
 def _string(row: Row, key: str) -> str:
@@ -242,13 +253,15 @@ def question(asked: str | Mapping[str, str], settings: Data, format: str, chat: 
             if len(names) != 1:
                 raise UserError(
                     f"ask: data.prompt has the columns {', '.join(names) or '(none)'}, so a question must "
-                    f"give each, as in {{{', '.join(f'{n}: …' for n in names)}}}; got {asked!r:.60}"
+                    f"give each, as in {{{', '.join(f'{n}: …' for n in names)}}}; got {asked!r:.60}",
+                    "write the question as a mapping of columns",
                 )
             asked = {names[0]: asked}
         missing = [n for n in names if n not in asked]
         if missing:
             raise UserError(
-                f"ask: this question gives no value for {', '.join(missing)}: {dict(asked)!r:.80}"
+                f"ask: this question gives no value for {', '.join(missing)}: {dict(asked)!r:.80}",
+                f"data.prompt has the columns {', '.join(names)}",
             )
         text = fill(settings.prompt, asked)
         chat = settings.chat_template == "always"

@@ -72,8 +72,9 @@ def _read_text(path: Path) -> str:
             else f"{path.parent} holds no JSON files"
         )
         raise UserError(f"data file {path} does not exist", hint) from e
-    except PermissionError as e:
-        raise UserError(f"data file {path} may not be read: {e.strerror}", f"chmod u+r {path}") from e
+    except OSError as e:
+        hint = f"chmod u+r {path}" if isinstance(e, PermissionError) else "name another file in data.train"
+        raise UserError(f"data file {path} cannot be read: {e.strerror}", hint) from e
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -98,8 +99,8 @@ def _lines(text: str, file: str, first: int | None) -> Iterator[tuple[Any, int]]
         n += 1
         try:
             yield json.loads(line), number
-        except json.JSONDecodeError as e:
-            yield _Broken(f"not JSON: {e.msg} at column {e.colno}"), number
+        except (ValueError, RecursionError) as e:
+            yield _broken(e), number
 
 
 def _array(text: str, file: str, first: int | None) -> Iterator[tuple[Any, int]]:
@@ -116,13 +117,17 @@ def _array(text: str, file: str, first: int | None) -> Iterator[tuple[Any, int]]
         at = skip(at, " \t\r\n")
         line, counted = line + text.count("\n", counted, at), at
         if at < len(text) and text[at] == "]":
+            at = skip(at + 1, " \t\r\n")
+            if at < len(text):
+                what = _Broken(f"not JSON: expected nothing after the closing ']', got {text[at]!r}")
+                yield what, text.count("\n", 0, at) + 1
             return
         if first is not None and n >= first:
             return
         try:
             item, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as e:
-            yield _Broken(f"not JSON: {e.msg} at column {e.colno}"), e.lineno
+        except (ValueError, RecursionError) as e:
+            yield _broken(e), e.lineno if isinstance(e, json.JSONDecodeError) else line
             return
         yield item, line
         n += 1
@@ -136,6 +141,12 @@ def _array(text: str, file: str, first: int | None) -> Iterator[tuple[Any, int]]
             return
         if text[at] == ",":
             at += 1
+
+
+def _broken(error: ValueError | RecursionError) -> _Broken:
+    if isinstance(error, json.JSONDecodeError):
+        return _Broken(f"not JSON: {error.msg} at column {error.colno}")
+    return _Broken(f"not JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}")
 
 
 def _kind(value: Any) -> str:

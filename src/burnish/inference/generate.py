@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from burnish.backends.base import Model, Sampling
-from burnish.errors import OutOfMemory, Unsupported
+from burnish.errors import OutOfMemory, Unsupported, UserError
 from burnish.models.tokenizer import Tokenizer
 from burnish.recipe import Generation
 
@@ -54,6 +54,15 @@ def next_rung(rung: Rung, error: Exception) -> Rung | None:
     if isinstance(error, Unsupported):
         return FLOAT32 if error.kind == "dtype" and rung is not FLOAT32 else CPU
     return None
+
+
+def check_window(prompt: Sequence[int], positions: int, what: str) -> None:
+    """Raises UserError where a prompt leaves the model (of `positions`, 0: unknown) no room to answer."""
+    if 0 < positions <= len(prompt):
+        raise UserError(
+            f"{what} has {len(prompt)} tokens, and this model has {positions} positions, the answer included",
+            "ask something shorter",
+        )
 
 
 def sampling(settings: Generation, tokenizer: Tokenizer) -> Sampling:
@@ -96,12 +105,12 @@ def _climb(
     offset: int,
 ) -> list[Answer]:
     rung, reason = ASKED, ""
+    writers = [_Writer(tokenizer, stop) for _ in prompts]
     while True:
         limit = max(1, how.max_new_tokens // 2) if rung.halve else how.max_new_tokens
         place = model.moved(rung.device, rung.dtype) if rung.device or rung.dtype else nullcontext()
         try:
             with place:
-                writers = [_Writer(tokenizer, stop) for _ in prompts]
                 _listen(model, prompts, replace(how, max_new_tokens=limit), writers, on_text, offset)
             return [w.answer(rung.name, reason) for w in writers]
         except (OutOfMemory, Unsupported) as e:
@@ -109,6 +118,7 @@ def _climb(
             if following is None:
                 raise
             rung, reason = following, str(e).splitlines()[0][:200]
+            writers = [_Writer(tokenizer, stop, w.told) for w in writers]
 
 
 def _listen(
@@ -136,8 +146,9 @@ def _listen(
 class _Writer:
     """The growing text of one row: whole characters only, cut at a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], told_before: str = "") -> None:
         self._tokenizer, self._stop = tokenizer, stop
+        self._before = told_before  # by a rung that failed: the same words are not told twice
         self._ids: list[int] = []
         self.text = self.finish = ""
         self._told = 0
@@ -154,9 +165,18 @@ class _Writer:
             self.text, finish = self.text[:cut], "stop"
         self.finish = finish
         upto = len(self.text) if finish else len(self.text) - self._waiting()
-        piece = self.text[self._told : upto]
+        again, self._before = self._before, ""
+        if again.startswith(self.text[:upto]):
+            self._before = again
+            return ""
+        start = "\n" if again and not self.text.startswith(again) else ""  # another answer: a line of its own
+        piece = self.text[0 if start else max(self._told, len(again)) : upto]
         self._told = max(self._told, upto)
-        return piece
+        return start + piece
+
+    @property
+    def told(self) -> str:
+        return self._before or self.text[: self._told]
 
     def _waiting(self) -> int:
         tail = len(self.text) - len(self.text.rstrip("\ufffd"))

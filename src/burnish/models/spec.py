@@ -137,7 +137,8 @@ def read_spec(folder: Path) -> ModelSpec:
     missing = [k for k in needed if not config.get(k)]
     if missing:
         raise all_problems(f"{folder / 'config.json'} is not the config of a decoder:",
-                           [f"{k} is missing" for k in missing])
+                           [f"{k} is missing" for k in missing],
+                           "set `model:` to the folder of a language model")
     tensors = _read_tensors(folder)
     has_head = any(k.endswith("lm_head.weight") for k in tensors)
     if not has_head and config.get("tie_word_embeddings") is False:

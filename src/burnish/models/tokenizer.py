@@ -6,6 +6,7 @@ tok.encode("Hello")            # no special tokens are added unless asked for
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -13,6 +14,7 @@ from typing import Any, Protocol, cast
 from burnish.errors import UserError
 from burnish.models.spec import read_spec
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -72,11 +74,21 @@ class Tokenizer:
             text = self._inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
         except TemplateError as e:
             roles = ", ".join(m["role"] for m in messages)
-            raise UserError(f"the model's chat template refuses this conversation ({roles}): {e}") from e
+            raise UserError(
+                f"the model's chat template refuses this conversation ({roles}): {e}",
+                "set data.chat_template=never, or give the rows in the order that the template wants",
+            ) from e
         return cast(str, text)
 
     def save(self, folder: Path) -> None:
-        self._inner.save_pretrained(str(folder))
+        """Raises OSError where the files cannot be written."""
+        try:
+            self._inner.save_pretrained(str(folder))
+        except Exception as e:  # tokenizers has no type of its own: 'No space left on device (os error 28)'
+            number = _OS_ERROR.search(str(e))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), str(e)) from e
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:

@@ -16,7 +16,7 @@ from burnish.errors import EXIT_FAILED, UserError
 PREFIX = ".tmp-"
 
 
-def write_folder(final: Path, write: Callable[[Path], None]) -> None:
+def write_folder(final: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary folder beside `final`, then put it in its place; an older one is replaced.
 
     Raises UserError where the disk is full or may not be written; nothing is left behind then.
@@ -31,7 +31,7 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
             sync(path)
         _swap(temporary, final)
     except (OSError, SafetensorError) as e:
-        raise _sentence(e, final) from e
+        raise sentence(e, final) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync(final.parent)
@@ -45,7 +45,7 @@ def write_text(final: Path, text: str) -> None:
         sync(temporary)
         temporary.replace(final)
     except OSError as e:
-        raise _sentence(e, final) from e
+        raise sentence(e, final) from e
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -87,7 +87,8 @@ def _swap(temporary: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _sentence(error: Exception, final: Path) -> UserError:
+def sentence(error: Exception, final: Path) -> UserError:
+    """Why `final` could not be written, for people."""
     text = str(error)
     number = error.errno if isinstance(error, OSError) else None
     if (
@@ -108,4 +109,5 @@ def _sentence(error: Exception, final: Path) -> UserError:
         return UserError(
             f"{final} may not be written: {text}", "choose another place with --out DIR", EXIT_FAILED
         )
-    return UserError(f"{final} could not be written: {text}", "", EXIT_FAILED)
+    hint = "choose another place with --out DIR"
+    return UserError(f"{final} could not be written: {text}", hint, EXIT_FAILED)

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -21,10 +22,11 @@ from typing import IO, Any
 from burnish.data.batches import Cursor
 from burnish.errors import EXIT_FAILED, UserError, all_problems
 from burnish.recipe import Recipe, differences, dump, load
-from burnish.runs.atomic import checksum, clean, sync, write_folder, write_text
+from burnish.runs.atomic import checksum, clean, sentence, sync, write_folder, write_text
 from burnish.runs.events import Event, Stepped, Validated, as_json
 
 ADAPTER, BEST = "adapter", "best"
+RECORDS = ("events.jsonl", "metrics.jsonl")
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,13 @@ class RunFolder:
 
     @classmethod
     def begin(cls, path: Path, recipe: Recipe) -> RunFolder:
-        """A new run. Raises UserError where the folder holds one already, or cannot be made."""
-        if (path / "recipe.yaml").exists():
+        """A new run. Raises UserError where the folder holds one already, or cannot be made.
+
+        A run that ended before it saved anything is begun anew: correcting a recipe that failed at its first
+        step shall not need another folder.
+        """
+        old = (path / "recipe.yaml").exists()
+        if old and ((path / ADAPTER).exists() or any((path / "checkpoints").glob("[0-9]*"))):
             raise UserError(
                 f"{path} holds a run already",
                 "add --resume to go on with it, or choose another place with --out DIR",
@@ -68,6 +75,11 @@ class RunFolder:
                 f"{path} is a file; a run needs a folder of its own", "choose another place with --out DIR"
             )
         lock = _locked(path)
+        if old:
+            clean(path)
+            shutil.rmtree(path / BEST, ignore_errors=True)
+            for name in RECORDS:
+                (path / name).unlink(missing_ok=True)
         write_text(path / "recipe.yaml", dump(recipe))
         return cls(path, lock)
 
@@ -99,7 +111,8 @@ class RunFolder:
     def close(self) -> None:
         for f in (self._events, self._metrics, self._lock):
             if f is not None:
-                f.close()
+                with suppress(OSError):  # a full disk was said when the record was written
+                    f.close()
 
     # --- records ---
 
@@ -120,15 +133,18 @@ class RunFolder:
             ) from e
 
     def take_back(self, step: int) -> None:
-        """Drop every record of a later step than `step`: the steps to come will write them again."""
-        for name in ("events.jsonl", "metrics.jsonl"):
+        """Drop every record and checkpoint of a later step than `step`: the steps to come write them again.
+
+        A checkpoint of a later step is a damaged one; it must not outlive whole ones when old ones go.
+        """
+        for folder in (self.path / "checkpoints").glob("[0-9]*"):
+            if int(folder.name) > step:
+                shutil.rmtree(folder, ignore_errors=True)
+        for name in RECORDS:
             path = self.path / name
-            kept = [
-                line
-                for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-                if _upto(line, step)
-            ]
-            write_text(path, "".join(kept))
+            # At newlines only: an answer may hold U+2028 and its like; a killed process, half a character.
+            lines = path.read_bytes().split(b"\n")[:-1]
+            write_text(path, "".join(f"{line.decode()}\n" for line in lines if _upto(line, step)))
         assert self._events is not None and self._metrics is not None
         self._events.close()
         self._metrics.close()
@@ -146,11 +162,13 @@ class RunFolder:
 
     # --- checkpoints ---
 
-    def save_checkpoint(self, state: State, write: Callable[[Path], None], keep: int) -> Path:
+    def save_checkpoint(self, state: State, write: Callable[[Path], object], keep: int) -> Path:
         """Write `checkpoints/STEP`, then remove all but the newest `keep`."""
         final = self.path / "checkpoints" / f"{state.step:06d}"
 
         def fill(folder: Path) -> None:
+            for name in RECORDS:  # no checkpoint shall be on the disk before its records are
+                sync(self.path / name)
             write(folder)
             sums = {p.name: checksum(p) for p in sorted(folder.iterdir())}
             (folder / "state.json").write_text(
@@ -180,7 +198,7 @@ class RunFolder:
             )
         return None
 
-    def publish(self, name: str, write: Callable[[Path], None]) -> Path:
+    def publish(self, name: str, write: Callable[[Path], object]) -> Path:
         """Write `best/` or `adapter/`, replacing an older one whole."""
         write_folder(self.path / name, write)
         return self.path / name
@@ -194,10 +212,10 @@ def _read_state(folder: Path) -> State:
     return State(**{**raw, "cursor": Cursor(**raw["cursor"])})
 
 
-def _upto(line: str, step: int) -> bool:
+def _upto(line: bytes, step: int) -> bool:
     try:
-        return line.endswith("\n") and json.loads(line).get("step", 0) <= step
-    except json.JSONDecodeError:  # the process was killed in the middle of this line
+        return json.loads(line).get("step", 0) <= step
+    except ValueError:  # the process was killed, or the disk was full, in the middle of this line
         return False
 
 
@@ -220,8 +238,13 @@ def _locked(path: Path) -> IO[str]:
         raise UserError(
             f"{path} is in use by process {owner or 'unknown'}", "wait for it, or choose --out DIR"
         ) from e
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
-    sync(path)
+    try:
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        sync(path)
+    except OSError as e:
+        with suppress(OSError):
+            lock.close()
+        raise sentence(e, path) from e
     return lock

@@ -13,21 +13,20 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from burnish import __version__, backends
 from burnish.backends.base import Learner
-from burnish.data.batches import Example
 from burnish.data.formats import question
 from burnish.data.prepare import Prepared, prepare
 from burnish.data.render import Renderer
 from burnish.errors import EXIT_WILL_NOT_FIT, UserError, all_problems
 from burnish.evaluation.score import run_task
-from burnish.inference.generate import answer, sampling
+from burnish.inference.generate import answer, check_window, sampling
 from burnish.machine.probe import Machine, probe
-from burnish.models.spec import read_spec
+from burnish.models.spec import ModelSpec, read_spec
 from burnish.models.tokenizer import Tokenizer, load_tokenizer
 from burnish.planning.plan import Choice, Plan, make_plan
 from burnish.recipe import Recipe, dump, expand
@@ -43,7 +42,7 @@ from burnish.runs.events import (
     Validated,
 )
 from burnish.runs.folder import ADAPTER, BEST, RunFolder, State
-from burnish.training.trackers import open_trackers
+from burnish.training.trackers import check_trackers, open_trackers
 from burnish.training.train import train
 
 PINNED = ("micro_batch", "keep_layers", "loss_slice", "length_multiple")
@@ -58,6 +57,7 @@ class Material:
     prepared: Prepared
     tokenizer: Tokenizer
     machine: Machine
+    questions: tuple[tuple[str, list[int]], ...]  # of `ask:`, as text and as the prompt's tokens
 
 
 def gather(recipe: Recipe, near: Path) -> Material:
@@ -69,7 +69,28 @@ def gather(recipe: Recipe, near: Path) -> Material:
     make_plan(recipe, spec, machine)  # refuses an impossible recipe before the data is read
     tokenizer = load_tokenizer(spec.folder, recipe.trust_remote_code)
     prepared = prepare(recipe, tokenizer)
-    return Material(make_plan(recipe, spec, machine, prepared.stats), prepared, tokenizer, machine)
+    _check_vocabulary(prepared, spec)
+    wishes = {"train.early_stop": recipe.train.early_stop, "evaluate.task": recipe.evaluate.task}
+    for key, wish in wishes.items():
+        if wish not in (None, "none") and not prepared.valid.examples:
+            raise UserError(
+                f"{key}: {wish}, but there are no validation rows",
+                "set data.valid=FILE.jsonl or data.valid_share=0.1",
+            )
+    questions = _questions(recipe, prepared, tokenizer, spec.max_positions)
+    return Material(make_plan(recipe, spec, machine, prepared.stats), prepared, tokenizer, machine, questions)
+
+
+def _questions(
+    recipe: Recipe, prepared: Prepared, tokenizer: Tokenizer, positions: int
+) -> tuple[tuple[str, list[int]], ...]:
+    renderer, found = Renderer(tokenizer, recipe.data.loss_on), []
+    chat = tokenizer.has_chat_template and recipe.data.chat_template != "never"
+    for asked in recipe.ask:
+        prompt = renderer.prompt(question(asked, recipe.data, prepared.format, chat))
+        check_window(prompt, positions, "ask: a question")
+        found.append((asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False), prompt))
+    return tuple(found)
 
 
 def run_job(
@@ -78,16 +99,14 @@ def run_job(
     """Raises UserError (bad input; exit 3 where it will not fit), OutOfMemory, NonFinite, Unsupported."""
     began = time.monotonic()
     material = gather(recipe, out)
-    trackers = open_trackers(recipe, out)
-    with (RunFolder.resume if resume else RunFolder.begin)(out, recipe) as run, trackers:
+    check_trackers(recipe)
+    if not material.plan.fits:
+        raise _too_large(material.plan)
+    with (
+        (RunFolder.resume if resume else RunFolder.begin)(out, recipe) as run,
+        open_trackers(recipe, out) as trackers,
+    ):
         plan = _pinned(material.plan, run) if resume else material.plan
-        if not plan.fits:
-            raise UserError(
-                f"this needs {plan.total_bytes / 2**30:.1f} GiB and {plan.budget.value / 2**30:.1f} GiB "
-                f"are there ({plan.budget.reason})",
-                f"burnish plan   shows the parts; {_smaller(plan)}",
-                EXIT_WILL_NOT_FIT,
-            )
         run.write_json("plan.json", plan.summary())
         run.write_json("environment.json", _environment(material.machine))
         for event in _events(material, plan, run, resume, skip_before, stop, began):
@@ -106,7 +125,7 @@ def _events(
     began: float,
 ) -> Iterator[Event]:
     recipe, prepared = plan.recipe, material.prepared
-    folder, state, notes = _where(run, resume, _fingerprint(prepared.train.examples))
+    folder, state, notes = _where(run, resume, _fingerprint(prepared))
     yield Planned(
         str(run.path),
         plan.summary(),
@@ -157,7 +176,7 @@ def _where(run: RunFolder, resume: bool, fingerprint: str) -> tuple[Path | None,
     folder, state, notes = found
     if state.data != fingerprint:
         raise UserError(
-            f"the training data has changed since {run.path} began",
+            f"the data has changed since {run.path} began",
             "put the old data back, or begin a new run with --out DIR",
         )
     run.take_back(state.step)
@@ -167,15 +186,11 @@ def _where(run: RunFolder, resume: bool, fingerprint: str) -> tuple[Path | None,
 def _judge(when: str, learner: Learner, material: Material, stop: Callable[[], bool]) -> Iterator[Event]:
     """The recipe's questions, then its task over the validation rows."""
     recipe, tokenizer = material.plan.recipe, material.tokenizer
-    renderer = Renderer(tokenizer, recipe.data.loss_on)
-    chat = tokenizer.has_chat_template and recipe.data.chat_template != "never"
     how = sampling(recipe.generation, tokenizer)
-    for asked in recipe.ask:
+    for text, prompt in material.questions:
         if stop():
             return
-        conversation = question(asked, recipe.data, material.prepared.format, chat)
-        given = answer(learner, tokenizer, [renderer.prompt(conversation)], how, recipe.generation.stop)[0]
-        text = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False)
+        given = answer(learner, tokenizer, [prompt], how, recipe.generation.stop)[0]
         yield Answered(when, text, given.text, given.finish, given.rung, given.reason)
     task, rows = recipe.evaluate, material.prepared.valid.conversations
     if task.task != "none" and rows and not stop():
@@ -183,7 +198,7 @@ def _judge(when: str, learner: Learner, material: Material, stop: Callable[[], b
             task.task,
             learner,
             tokenizer,
-            renderer,
+            Renderer(tokenizer, recipe.data.loss_on),
             rows[: task.rows],
             task.max_new_tokens,
             recipe.generation.stop,
@@ -203,9 +218,9 @@ def _write_adapter(folder: Path, learner: Learner, material: Material) -> None:
     )
 
 
-def _fingerprint(examples: Sequence[Example]) -> str:
+def _fingerprint(prepared: Prepared) -> str:
     digest = hashlib.sha256()
-    for e in examples:
+    for e in (*prepared.train.examples, *prepared.valid.examples):
         digest.update(e.tokens.tobytes())
         digest.update(e.weights.tobytes())
     return digest.hexdigest()
@@ -230,12 +245,32 @@ def _pinned(plan: Plan, run: RunFolder) -> Plan:
     return replace(plan, **kept)
 
 
+def _too_large(plan: Plan) -> UserError:
+    return UserError(
+        f"this needs {plan.total_bytes / 2**30:.1f} GiB and {plan.budget.value / 2**30:.1f} GiB "
+        f"are there ({plan.budget.reason})",
+        f"burnish plan   shows the parts; {_smaller(plan)}",
+        EXIT_WILL_NOT_FIT,
+    )
+
+
 def _smaller(plan: Plan) -> str:
     if plan.keep_layers.value and plan.recipe.train.keep_layers != "auto":
         return "set train.keep_layers=0"
     if plan.micro_batch.value > 1:
         return "set train.micro_batch=1"
     return "try a smaller train.max_length, quantize=4bit, lora.targets=attention, or a smaller model"
+
+
+def _check_vocabulary(prepared: Prepared, spec: ModelSpec) -> None:
+    """A tokenizer with more words than the model has rows for would read beyond its embeddings."""
+    examples = [*prepared.train.examples, *prepared.valid.examples]
+    most = max(int(e.tokens.max()) for e in examples)
+    if most >= spec.vocab_size:
+        raise UserError(
+            f"the tokenizer gives token {most}, but the model in {spec.folder} has {spec.vocab_size} words",
+            "use the tokenizer that came with the model",
+        )
 
 
 def _environment(machine: Machine) -> dict[str, object]:

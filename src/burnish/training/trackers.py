@@ -16,6 +16,8 @@ from burnish.errors import UserError
 from burnish.recipe import Recipe
 from burnish.runs.events import Event, Scored, Stepped, Validated
 
+_MODULES = {"tensorboard": "tensorboardX"}  # where the module is not named like the tracker
+
 Log = Callable[[Mapping[str, float], int], None]
 
 
@@ -62,8 +64,14 @@ class Trackers:
         return {}
 
 
-def open_trackers(recipe: Recipe, out: Path) -> Trackers:
+def check_trackers(recipe: Recipe) -> None:
     """Raises UserError naming the extra where a tracker of the recipe is not installed."""
+    for name in recipe.trackers:
+        _module(name, _MODULES.get(name, name))
+
+
+def open_trackers(recipe: Recipe, out: Path) -> Trackers:
+    """Trackers keep records of their own from here on. Raises UserError as `check_trackers` does."""
     config = recipe.model_dump(mode="json")
     return Trackers(
         [_OPEN[name](recipe.name, config, out) for name in recipe.trackers], recipe.train.log_every
@@ -100,7 +108,7 @@ def _mlflow(name: str, config: Mapping[str, Any], out: Path) -> Tracker:
 
 
 def _tensorboard(name: str, config: Mapping[str, Any], out: Path) -> Tracker:
-    writer = _module("tensorboard", "tensorboardX").SummaryWriter(str(out / "tensorboard"))
+    writer = _module("tensorboard", _MODULES["tensorboard"]).SummaryWriter(str(out / "tensorboard"))
 
     def log(numbers: Mapping[str, float], step: int) -> None:
         for key, value in numbers.items():
