@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -33,11 +34,11 @@ def config(name: str) -> Qwen2Config:
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
-        rope_theta=1e6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
 
 
-def random_model(name: str, device: str, dtype: torch.dtype, attention: str) -> torch.nn.Module:
+def random_model(name: str, device: str, dtype: torch.dtype, attention: str) -> Any:
     """The model on its device with random weights of standard deviation 0.02."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
@@ -68,7 +69,7 @@ def spec(name: str) -> ModelSpec:
         c.hidden_size,
         c.intermediate_size,
         c.num_attention_heads,
-        c.num_key_value_heads,
+        QWEN2[name][3],
         c.hidden_size // c.num_attention_heads,
         c.vocab_size,
         c.max_position_embeddings,

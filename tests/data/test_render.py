@@ -4,6 +4,8 @@ tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 
@@ -72,8 +74,8 @@ def test_a_template_that_drops_reasoning_is_refused(tokenizer: Tokenizer) -> Non
         Renderer(cutting, "assistant").example(CHAT)
 
 
-def rows(*values: dict[str, object]) -> list[Row]:
-    return [Row(v, "f.jsonl", i) for i, v in enumerate(values, 1)]
+def rows(*values: Mapping[str, object]) -> list[Row]:
+    return [Row(dict(v), "f.jsonl", i) for i, v in enumerate(values, 1)]
 
 
 def test_the_guides_medical_prompt() -> None:
