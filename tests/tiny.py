@@ -95,7 +95,7 @@ def tiny_model(
     tiny_tokenizer(folder, config.vocab_size)
     path = folder / "config.json"
     saved = json.loads(path.read_text())
-    # Readers of before transformers 5 look for it there (docs: PEERS 4.8).
+    # Readers of before transformers 5 look for it there.
     saved["rope_theta"] = saved["rope_parameters"]["rope_theta"]
     path.write_text(json.dumps(saved, indent=2))
     return folder

@@ -207,7 +207,7 @@ def test_data_says_what_is_left_out_and_cut(world: World):
     world.rows([{"prompt": "why? " * n, "completion": "the answer"} for n in (1, 60, 8)])
     dropped = ("data", "recipe.yaml", "data.too_long=drop")
     assert json.loads(world.burnish(*dropped, "--json").out)["train"]["dropped"] == 1
-    assert "1 rows left out and 0 cut" in world.burnish(*dropped).out
+    assert "1 rows left out, 0 cut" in world.burnish(*dropped).out
     cut = ("data", "recipe.yaml", "data.too_long=truncate", "data.loss_on=all", "--json")
     assert json.loads(world.burnish(*cut).out)["train"]["truncated"] == 1
 

@@ -108,7 +108,7 @@ class LosesItsPlaceInTheMasks(Wrapped):
 
 
 class MeanOfMeans(Wrapped):
-    """PEERS 4.6: each micro-batch weighs the same, however few its trained tokens."""
+    """Seen in peers: each micro-batch weighs the same, however few its trained tokens."""
 
     def step(self, micros: Sequence[Batch], lr: float) -> StepStats:
         evened = [replace(m, weights_BT=m.weights_BT / m.weight) for m in micros]
@@ -132,7 +132,7 @@ class NaNsPassThrough(Wrapped):
 
 
 class NoTokensNoError(Wrapped):
-    """PEERS 4.5: a step without targets passes for a step."""
+    """Seen in peers: a step without targets passes for a step."""
 
     def step(self, micros: Sequence[Batch], lr: float) -> StepStats:
         try:
@@ -169,7 +169,7 @@ class ForgetsMoments(Wrapped):
 
 
 class ResumesAtStepZero(Wrapped):
-    """PEERS 4.2: bias correction and dropout start again."""
+    """Seen in peers: bias correction and dropout start again."""
 
     def load(self, folder: Path) -> None:
         self.inner.load(folder)
@@ -177,7 +177,7 @@ class ResumesAtStepZero(Wrapped):
 
 
 class RunningMasks(Wrapped):
-    """PEERS 4.3: masks come from a stream, so a recomputed layer, or a resumed run, draws others."""
+    """Seen in peers: masks come from a stream, so a recomputed layer, or a resumed run, draws others."""
 
     def __init__(self, inner: ReferenceLearner) -> None:
         super().__init__(inner)
@@ -278,7 +278,7 @@ class OwnNames(Wrapped):
 
 
 class Leaks(Wrapped):
-    """PEERS 4.9: packed examples see each other."""
+    """Seen in peers: packed examples see each other."""
 
     def _leaking(self, batch: Batch) -> Batch:
         return replace(batch, segments_BT=(batch.segments_BT > 0).astype(np.int32))

@@ -62,7 +62,7 @@ def test_loss_on_all_trains_every_token_but_the_first(tokenizer: Tokenizer) -> N
 
 
 def test_a_template_that_drops_reasoning_is_refused(tokenizer: Tokenizer) -> None:
-    """PEERS defect 1: the stock DeepSeek-R1-Distill template cuts all before </think>."""
+    """Seen in peers: the stock DeepSeek-R1-Distill template cuts all before </think>."""
 
     class Cutting(Tokenizer):
         def chat(self, messages: object, ask: bool) -> str:

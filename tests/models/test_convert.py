@@ -66,7 +66,7 @@ def test_the_logits_are_those_of_the_original(family: str, tied: bool, tmp_path:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_mlx_reads_the_folder_too(family: str, tmp_path: Path):
-    """PEERS 4.8: mlx-lm 0.32 does not read `rope_parameters`, and says nothing."""
+    """Seen in peers: mlx-lm 0.32 does not read `rope_parameters`, and says nothing."""
     mlx_lm = pytest.importorskip("mlx_lm")
     import mlx.core as mx
 

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from burnish.backends.base import Memory, Scores, StepStats
-from burnish.data.batches import Batch, Cursor, Example
+from burnish.data.batches import Batch, Cursor, Example, split
 from burnish.data.prepare import Part, Prepared
 from burnish.runs.events import Event, Interrupted, Noted, Saved, Stepped, Validated
 from burnish.runs.folder import RunFolder, State
 from burnish.training.train import train
-from burnish.training.validation import validation_batches
 from tests.tiny import tiny_plan
 
 
@@ -227,7 +226,7 @@ def test_validation_is_over_the_whole_set(tiny_folder: Path):
     rng = np.random.default_rng(0)
     examples = [Example(np.arange(n, dtype=np.int32), np.ones(n, np.float32)) for n in rng.integers(2, 9, 7)]
     plan = tiny_plan(tiny_folder, train={"batch_size": 8, "micro_batch": 3})
-    batches = validation_batches(plan, examples)
+    batches = split(examples, plan.micro_batch.value, plan.length_multiple.value)
     assert [len(b.tokens_BT) for b in batches] == [3, 3, 1]
     assert sum(b.n_tokens for b in batches) == sum(len(e.tokens) - 1 for e in examples)
-    assert validation_batches(plan, ()) == []
+    assert split((), 3) == []

@@ -10,8 +10,6 @@ It takes a step of a tiny model in milliseconds; real models are for the torch b
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +36,7 @@ from burnish.backends.reference_model import Decoder, read_decoder
 from burnish.backends.sampling import choose, stream
 from burnish.data.batches import Batch
 from burnish.errors import NonFinite, Unsupported, UserError
+from burnish.machine.usage import resident_bytes
 from burnish.planning.plan import Plan
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
@@ -216,11 +215,3 @@ def adamw(
         weights[k] = (w.astype(np.float64) * (1 - lr * weight_decay) - lr * update).astype(np.float32)
         first[k], second[k] = m.astype(np.float32), v.astype(np.float32)
     return replace(state, weights=weights, first=first, second=second, step=step)
-
-
-def resident_bytes() -> int:
-    """This process's resident memory; on systems without /proc, the largest it has been."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

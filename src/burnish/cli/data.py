@@ -8,20 +8,17 @@ from typing import Any
 from burnish.cli.show import console, print_json, trained_text
 from burnish.data.batches import Example
 from burnish.data.prepare import Part, Prepared, prepare
-from burnish.errors import UserError
+from burnish.models.spec import spec_of
 from burnish.models.tokenizer import Tokenizer, load_tokenizer
-from burnish.recipe import expand, load
+from burnish.recipe import load
 from burnish.training.environment import prepare_environment
 
 
 def data_command(name: str, overrides: list[str], show: int, json: bool) -> None:
     recipe = load(name, overrides)
-    if not recipe.model:
-        raise UserError(
-            "the recipe names no model, and lengths are counted in its tokens", "set model=FOLDER"
-        )
+    folder = spec_of(recipe).folder  # lengths are counted in its model's tokens
     prepare_environment()
-    tokenizer = load_tokenizer(expand(recipe.model), recipe.trust_remote_code)
+    tokenizer = load_tokenizer(folder, recipe.trust_remote_code)
     prepared = prepare(recipe, tokenizer)
     shown = [_pieces(e, tokenizer) for e in prepared.train.examples[:show]]
     if json:
@@ -43,7 +40,7 @@ def data_command(name: str, overrides: list[str], show: int, json: bool) -> None
                 f"longest {facts['longest']} (train.max_length {recipe.train.max_length})"
             )
         if part.dropped or part.truncated:
-            out.print(f"  {part.dropped} rows left out and {part.truncated} cut, being too long")
+            out.print(f"  {part.dropped} rows left out, {part.truncated} cut: too long, or nothing to train")
     if prepared.held_out:
         out.print("  (taken from the training rows: data.valid_share)")
     for number, pieces in enumerate(shown, 1):

@@ -10,12 +10,12 @@ from typing import Any
 
 from burnish import backends
 from burnish.cli.show import print_json
-from burnish.data.formats import question
+from burnish.data.formats import question, takes_chat
 from burnish.data.render import Renderer
 from burnish.errors import UserError
 from burnish.inference.generate import answer, check_window, sampling
 from burnish.machine.probe import probe
-from burnish.models.spec import read_spec
+from burnish.models.spec import spec_of
 from burnish.models.tokenizer import Tokenizer, load_tokenizer
 from burnish.planning.plan import make_plan
 from burnish.recipe import Recipe, Train, dump, expand, load, parse
@@ -31,7 +31,7 @@ def generate_command(target: str, prompts: list[str], overrides: list[str], raw:
         texts.append(sys.stdin.read().rstrip("\n"))
     if not all(texts):
         raise UserError("there is no prompt", f"burnish generate {target} 'your question'")
-    spec = read_spec(expand(recipe.model))
+    spec = spec_of(recipe)
     tokenizer = load_tokenizer(spec.folder, recipe.trust_remote_code)
     tokens = [_tokens(t, recipe, format, tokenizer, raw) for t in texts]
     for number, prompt in enumerate(tokens, 1):
@@ -125,7 +125,7 @@ def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
 def _tokens(text: str, recipe: Recipe, format: str, tokenizer: Tokenizer, raw: bool) -> list[int]:
     renderer = Renderer(tokenizer, recipe.data.loss_on)
-    chat = tokenizer.has_chat_template and recipe.data.chat_template != "never"
+    chat = takes_chat(recipe.data, tokenizer.has_chat_template)
     conversation = question(text, recipe.data, "text" if raw else format, chat and not raw)
     if raw:
         conversation = replace(conversation, plain=True)

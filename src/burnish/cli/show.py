@@ -109,7 +109,7 @@ class TrainView:
         self._console, self._log_every = console(), log_every
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._tokens = self._seconds = 0.0
+        self._steps, self._tokens, self._seconds = 0, 0, 0.0
 
     def __enter__(self) -> TrainView:
         return self
@@ -160,9 +160,7 @@ class TrainView:
             f"{e.valid_examples} to validate on"
         )
         if e.dropped or e.truncated:
-            self._line(
-                f"  {e.dropped} rows left out and {e.truncated} cut, being longer than the longest allowed"
-            )
+            self._line(f"  {e.dropped} rows left out and {e.truncated} cut: too long, or nothing to train")
         keep, layers = values["keep_layers"], len(values["layers"])
         self._line(
             f"  {values['backend']} on {values['device']}, weights {values['weights']}"
@@ -181,9 +179,10 @@ class TrainView:
         self._line(f"  answer: {e.answer.strip()}{cut}{note}\n")
 
     def _stepped(self, e: Stepped) -> None:
-        self._tokens, self._seconds = self._tokens + e.tokens, self._seconds + e.seconds
+        self._steps, self._tokens = self._steps + 1, self._tokens + e.tokens
+        self._seconds += e.seconds
         rate = self._tokens / self._seconds
-        left = duration((e.steps - e.step) * self._seconds / max(1, round(self._tokens / e.tokens)))
+        left = duration((e.steps - e.step) * self._seconds / self._steps)
         text = (
             f"loss {e.loss:.4f}  lr {e.lr:.2e}  {rate:.0f} tokens/s  "
             f"{gib(e.now_bytes)} (peak {gib(e.peak_bytes)})  left {left}"

@@ -21,18 +21,17 @@ def train_command(
     recipe = load(name, overrides)
     folder = expand(str(out)) if out is not None else expand(f"runs/{recipe.name}")
     prepare_environment()
-    scores: dict[str, float] = {}
+    scores: dict[str, Scored] = {}
     interrupted = False
     with interruptible() as stop, JsonView() if json else TrainView(recipe.train.log_every) as view:
         for event in run_job(recipe, folder, resume=resume, skip_before=skip_before, stop=stop):
             view.hear(event)
             interrupted = interrupted or isinstance(event, Interrupted)
             if isinstance(event, Scored):
-                scores[event.when] = event.percent
+                scores[event.when] = event
     if interrupted or stop():
         raise typer.Exit(EXIT_INTERRUPTED)
     if len(scores) == 2 and not json:
-        print(
-            f"held-out exact match: before {scores['before']:.1f} %, after {scores['after']:.1f} %",
-            flush=True,
-        )
+        before, after = scores["before"], scores["after"]
+        task = after.task.replace("-", " ")
+        print(f"held-out {task}: before {before.percent:.1f} %, after {after.percent:.1f} %", flush=True)

@@ -95,7 +95,7 @@ def _choose(rows: Sequence[Row], settings: Data, chat_template: bool) -> tuple[s
             "data.chat_template: always, but this model's tokenizer has no chat template",
             "set data.chat_template=never, or use an instruct model",
         )
-    chat = chat_template and settings.chat_template != "never"
+    chat = takes_chat(settings, chat_template)
     if settings.prompt is not None and settings.completion is not None:
         for template, key in ((settings.prompt, "prompt"), (settings.completion, "completion")):
             _check_fields(template, columns, f"data.{key}", rows[0].file)
@@ -127,6 +127,11 @@ def _choose(rows: Sequence[Row], settings: Data, chat_template: bool) -> tuple[s
         + (columns or ["answer"])[-1]
         + "}'",
     )
+
+
+def takes_chat(settings: Data, chat_template: bool) -> bool:
+    """Whether conversations may go through the tokenizer's chat template (chat_template: it has one)."""
+    return chat_template and settings.chat_template != "never"
 
 
 def fields(template: str) -> list[str]:

@@ -31,7 +31,7 @@ class Part:
 
     examples: tuple[Example, ...]
     conversations: tuple[Conversation, ...]
-    dropped: int  # rows longer than max_length that were left out
+    dropped: int  # rows left out: longer than max_length, or without a token to train
     truncated: int  # rows longer than max_length that lost their end
 
     @property

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.errors import UserError, all_problems
+from burnish.recipe import Recipe, expand
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2,
                "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
@@ -168,6 +169,13 @@ def read_spec(folder: Path) -> ModelSpec:
         tensors=tensors,
         linears=linears_of(tensors),
     )
+
+
+def spec_of(recipe: Recipe) -> ModelSpec:
+    """The spec of the recipe's model. Raises UserError where it names none, and as `read_spec` does."""
+    if not recipe.model:
+        raise UserError("the recipe names no model", "set model=FOLDER")
+    return read_spec(expand(recipe.model))
 
 
 def _read_tensors(folder: Path) -> dict[str, TensorInfo]:

@@ -203,7 +203,7 @@ def _device(recipe: Recipe, machine: Machine) -> Choice[str]:
 
 def _dtypes(recipe: Recipe, device: str, machine: Machine) -> tuple[Choice[str], Choice[str]]:
     """The dtype the weights are held in, and the one that is computed in."""
-    native = {"cuda": True, "mps": machine.gpu_bfloat16, "cpu": machine.cpu_bfloat16}[device]
+    native = {"cuda": machine.gpu_bfloat16, "mps": machine.gpu_bfloat16, "cpu": machine.cpu_bfloat16}[device]
     where = "this CPU" if device == "cpu" else "this GPU"
     if recipe.backend == "reference":
         if recipe.dtype == "bfloat16":
@@ -289,8 +289,8 @@ def _loss_slice(spec: ModelSpec) -> Choice[int]:
 def _budget(device: str, machine: Machine) -> Choice[int]:
     keep = 1 - MARGIN[device]
     if device == "cuda":
-        free = max(g.free_bytes for g in machine.gpus if g.kind == "cuda")
-        return Choice(int(free * keep), f"free GPU memory less a margin of {MARGIN[device]:.0%}")
+        first = next(g for g in machine.gpus if g.kind == "cuda")  # the one that "cuda" means
+        return Choice(int(first.free_bytes * keep), f"free GPU memory less a margin of {MARGIN[device]:.0%}")
     if device == "mps":
         share = METAL_SHARE_LARGE if machine.ram_bytes > METAL_LARGE_BYTES else METAL_SHARE_SMALL
         working_set = min(int(machine.ram_bytes * share), machine.free_ram_bytes)

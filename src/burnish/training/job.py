@@ -19,17 +19,17 @@ from pathlib import Path
 
 from burnish import __version__, backends
 from burnish.backends.base import Learner
-from burnish.data.formats import question
+from burnish.data.formats import question, takes_chat
 from burnish.data.prepare import Prepared, prepare
 from burnish.data.render import Renderer
 from burnish.errors import EXIT_WILL_NOT_FIT, UserError, all_problems
 from burnish.evaluation.score import run_task
 from burnish.inference.generate import answer, check_window, sampling
 from burnish.machine.probe import Machine, probe
-from burnish.models.spec import ModelSpec, read_spec
+from burnish.models.spec import ModelSpec, spec_of
 from burnish.models.tokenizer import Tokenizer, load_tokenizer
 from burnish.planning.plan import Choice, Plan, make_plan
-from burnish.recipe import Recipe, dump, expand
+from burnish.recipe import Recipe, dump
 from burnish.runs.events import (
     Answered,
     Event,
@@ -56,17 +56,13 @@ class Material:
     plan: Plan
     prepared: Prepared
     tokenizer: Tokenizer
-    machine: Machine
     questions: tuple[tuple[str, list[int]], ...]  # of `ask:`, as text and as the prompt's tokens
 
 
 def gather(recipe: Recipe, near: Path) -> Material:
     """Read model, data and machine, and plan. Raises UserError for whatever is wrong with any of them."""
-    if not recipe.model:
-        raise UserError("the recipe names no model", "set model=FOLDER")
-    machine = probe(near)
-    spec = read_spec(expand(recipe.model))
-    make_plan(recipe, spec, machine)  # refuses an impossible recipe before the data is read
+    spec = spec_of(recipe)
+    plan = make_plan(recipe, spec, probe(near))  # refuses an impossible recipe before the data is read
     tokenizer = load_tokenizer(spec.folder, recipe.trust_remote_code)
     prepared = prepare(recipe, tokenizer)
     _check_vocabulary(prepared, spec)
@@ -78,14 +74,14 @@ def gather(recipe: Recipe, near: Path) -> Material:
                 "set data.valid=FILE.jsonl or data.valid_share=0.1",
             )
     questions = _questions(recipe, prepared, tokenizer, spec.max_positions)
-    return Material(make_plan(recipe, spec, machine, prepared.stats), prepared, tokenizer, machine, questions)
+    return Material(plan.tightened(prepared.stats), prepared, tokenizer, questions)
 
 
 def _questions(
     recipe: Recipe, prepared: Prepared, tokenizer: Tokenizer, positions: int
 ) -> tuple[tuple[str, list[int]], ...]:
     renderer, found = Renderer(tokenizer, recipe.data.loss_on), []
-    chat = tokenizer.has_chat_template and recipe.data.chat_template != "never"
+    chat = takes_chat(recipe.data, tokenizer.has_chat_template)
     for asked in recipe.ask:
         prompt = renderer.prompt(question(asked, recipe.data, prepared.format, chat))
         check_window(prompt, positions, "ask: a question")
@@ -108,7 +104,7 @@ def run_job(
     ):
         plan = _pinned(material.plan, run) if resume else material.plan
         run.write_json("plan.json", plan.summary())
-        run.write_json("environment.json", _environment(material.machine))
+        run.write_json("environment.json", _environment(plan.machine))
         for event in _events(material, plan, run, resume, skip_before, stop, began):
             run.record(event)
             trackers.hear(event)
@@ -166,8 +162,7 @@ def _events(
 
 
 def _where(run: RunFolder, resume: bool, fingerprint: str) -> tuple[Path | None, State, list[str]]:
-    """The checkpoint to go on from, its state, and what to say about it; a fresh state where there is none.
-    """
+    """The checkpoint to go on from, its state, and what to say about it; a fresh state if none."""
     found = run.newest_checkpoint() if resume else None
     if found is None:
         if resume:

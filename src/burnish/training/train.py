@@ -15,28 +15,26 @@ from dataclasses import replace
 from pathlib import Path
 
 from burnish.backends.base import Learner
+from burnish.data.batches import split, steps_per_epoch
 from burnish.data.batches import steps as data_steps
-from burnish.data.batches import steps_per_epoch
 from burnish.data.prepare import Prepared
 from burnish.evaluation.score import validate
 from burnish.planning.plan import Plan
 from burnish.runs.events import Event, Interrupted, Noted, Saved, Stepped, Validated
 from burnish.runs.folder import BEST, RunFolder, State
 from burnish.training.schedule import learning_rate
-from burnish.training.validation import validation_batches
 
 
 def train(
     plan: Plan, learner: Learner, prepared: Prepared, run: RunFolder, state: State, stop: Callable[[], bool]
 ) -> Iterator[Event]:
-    """Steps from `state` to the end, to an early stop, or until `stop()`; then Interrupted is the last event.
-    """
+    """Steps from `state` to the end, to an early stop, or until `stop()`; then Interrupted comes last."""
     recipe = plan.recipe.train
     assert plan.steps is not None, "a plan tightened with the data knows its steps"
     total = plan.steps.value
     examples = prepared.train.examples
     per_epoch = steps_per_epoch(len(examples), recipe.batch_size)
-    held_out = validation_batches(plan, prepared.valid.examples)
+    held_out = split(prepared.valid.examples, plan.micro_batch.value, plan.length_multiple.value)
     batches = data_steps(
         examples,
         recipe.batch_size,

@@ -56,7 +56,7 @@ def translated() -> Iterator[None]:
     """Framework errors inside come out as OutOfMemory or Unsupported; all others pass unchanged."""
     try:
         yield
-    except (RuntimeError, MemoryError, NotImplementedError) as e:
+    except (RuntimeError, MemoryError) as e:  # NotImplementedError is a RuntimeError
         ours = meaning(e)
         if ours is None:
             raise
@@ -79,8 +79,7 @@ def keeps_padding(device: torch.device) -> bool:
 
 
 class MemoryMeter:
-    """Bytes on the device. MPS has no peak counter, so `sample` is called where the peak is to be expected.
-    """
+    """Bytes on the device. MPS has no peak counter, so `sample` is called where a peak is expected."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -45,14 +45,14 @@ def generate(
     try:
         for n in range(how.max_new_tokens):
             with translated(), torch.inference_mode():
-                out = decoder(
+                hidden = decoder(
                     inputs_embeds=embed(tokens),
                     position_ids=positions,
                     past_key_values=cache,
                     use_cache=True,
                     attention_mask=mask[:, : width + n] if padded else None,
-                )
-                rows = logits(out.last_hidden_state[:, -1]).cpu().numpy()
+                ).last_hidden_state[:, -1]  # nothing else of the output: it would keep the cache alive
+                rows = logits(hidden).cpu().numpy()
             chosen = []
             for row in range(len(prompts)):
                 if not running[row]:

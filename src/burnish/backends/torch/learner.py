@@ -74,6 +74,8 @@ class TorchLearner:
 
     @contextmanager
     def moved(self, device: str, dtype: str) -> Iterator[None]:
+        if self._plan.quantize.value != "none":
+            raise Unsupported("a quantised base stays where it is and as it is")
         tensors = [*self._model.parameters(), *self._model.buffers()]
         before = [(t, t.device, t.dtype) for t in tensors]
         compute, where = self._compute, self._device
@@ -250,8 +252,7 @@ def _head(base: Any) -> Head:
 
 def _adamw(parameters: list[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
     """AdamW whose state exists from the start, so that memory cannot run out between gradient and update."""
-    fused = parameters[0].device.type in ("cuda", "cpu", "mps")
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay, fused=True)
     for p in parameters:
         optimizer.state[p] = {
             "step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -266,6 +267,5 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _plain_name(parameter: str) -> str:
-    """PEFT's name of an adapter weight in a model → its name in an adapter folder, without the prefix there.
-    """
+    """PEFT's name of an adapter weight in a model → its name in an adapter folder, less the prefix."""
     return parameter.removeprefix("base_model.model.").replace(".default.weight", ".weight")

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from burnish.backends.adapter_folder import peft_config
 from burnish.backends.torch import attention
 from burnish.backends.torch.device import translated
 from burnish.backends.torch.learner import TorchLearner
@@ -78,7 +79,7 @@ def adapt(base: nn.Module, plan: Plan) -> TorchLearner:
     _freeze_linears(layers)
     fuse_norms(decoder)
     recipe = plan.recipe
-    config = lora_config(plan)
+    config = LoraConfig(**{**peft_config(plan), "inference_mode": False})
     config._register_custom_module({FrozenLinear: LoraLinear, **_quantized_linears(layers)})
     device = torch.device(plan.device.value)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
@@ -97,26 +98,8 @@ def adapt(base: nn.Module, plan: Plan) -> TorchLearner:
     return TorchLearner(model, plan, masks, DTYPES[plan.compute.value])
 
 
-def lora_config(plan: Plan) -> LoraConfig:
-    """PEFT's description of the adapter; it is what adapter_config.json holds."""
-    lora, every = plan.recipe.lora, len(plan.layers.value) == plan.spec.n_layers
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes any number
-        lora_dropout=lora.dropout,
-        use_rslora=lora.rslora,
-        bias=lora.bias,  # type: ignore[arg-type]
-        target_modules=list(plan.targets.value),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=str(plan.spec.folder),
-        layers_to_transform=None if every else list(plan.layers.value),
-        layers_pattern=None if every else "layers",
-    )
-
-
 def _freeze_linears(root: nn.Module) -> None:
-    """Every plain linear layer below `root` becomes a FrozenLinear; quantised ones are subclasses and stay.
-    """
+    """Every plain linear layer below `root` becomes a FrozenLinear; quantised ones stay."""
     for name, child in root.named_children():
         if type(child) is nn.Linear:
             setattr(root, name, frozen(child))
