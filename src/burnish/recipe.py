@@ -34,12 +34,17 @@ class Section(BaseModel):
 class Data(Section):
     """Which rows, and what of them is trained."""
 
-    train: Path_ = Field(default="", description="JSON or JSON Lines file to train on")
+    train: Path_ = Field(
+        default="", description="file to train on, or hf:OWNER/NAME and ms:OWNER/NAME for a data set of a hub"
+    )
     valid: Path_ = Field(default="", description="validation file; empty: `valid_share` of the training rows")
     valid_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="share of the training rows held out to validate on, without a `valid` file"
     )
     rows: Positive | None = Field(default=None, description="use only the first N training rows")
+    columns: dict[str, str] = Field(
+        default={}, description="standard column name: the file's own, as in {prompt: frage, completion: antwort}"
+    )
     prompt: str | None = Field(default=None, description="prompt template over the columns: 'Q: {Question}'")
     completion: str | None = Field(default=None, description="completion template over them: '{Response}'")
     system: str | None = Field(default=None, description="system message for conversations that have none")
@@ -49,8 +54,14 @@ class Data(Section):
     chat_template: Literal["auto", "always", "never"] = Field(
         default="auto", description="auto: for `messages`, and `prompt`/`completion` if the tokenizer has one"
     )
-    loss_on: Literal["assistant", "all"] = Field(
-        default="assistant", description="train on the answers only, or on every token"
+    loss_on: Literal["assistant", "last", "all"] = Field(
+        default="assistant", description="train every answer, only a conversation's last one, or every token"
+    )
+    thinking: Literal["keep", "drop", "require"] = Field(
+        default="keep", description="reasoning: as given, cut out, or every answer must have it"
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error", description="rows that cannot be used end the run, or are left out and counted"
     )
     too_long: Literal["error", "drop", "truncate"] = Field(
         default="error", description="rows longer than train.max_length"
@@ -93,6 +104,9 @@ class Train(Section):
     )
     batch_size: Positive = Field(default=8, description="examples per optimizer step")
     micro_batch: Positive | Literal["auto"] = Field(default="auto", description="examples per forward pass")
+    pack: bool | Literal["auto"] = Field(
+        default="auto", description="several examples a row, kept apart from one another"
+    )
     keep_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         default="auto", description="layers whose activations are kept; the others are recomputed going back"
     )

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from burnish.data.formats import Conversation, Turn, fields, fill, question, read_conversations
+from burnish.data.conversation import Conversation, Turn
+from burnish.data.formats import fields, fill, question, read_conversations
 from burnish.data.render import Renderer
 from burnish.data.rows import Row
 from burnish.errors import UserError

@@ -11,7 +11,7 @@ import pytest
 
 from burnish.backends.base import Model, Scores
 from burnish.data.batches import Batch
-from burnish.data.formats import Conversation, Turn
+from burnish.data.conversation import Conversation, Turn
 from burnish.errors import NonFinite
 from burnish.evaluation import score
 from burnish.evaluation.score import run_task, validate

@@ -10,41 +10,15 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from burnish.data.conversation import Conversation, Turn
 from burnish.data.rows import Row
 from burnish.errors import UserError, all_problems
 from burnish.recipe import Data
 
 ROLES = ("system", "user", "assistant")
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
-
-
-@dataclass(frozen=True)
-class Turn:
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Turns that the chat template renders, or (`plain`) a prompt and a completion that stand as they are.
-
-    A plain conversation has one user turn (perhaps empty) and one assistant turn.
-    """
-
-    turns: tuple[Turn, ...]
-    plain: bool
-    at: str  # file:line
-
-    @property
-    def prompt(self) -> Conversation:
-        """The same without its last answer: what is asked before it is known."""
-        return Conversation(self.turns[:-1], self.plain, self.at)
-
-    @property
-    def answer(self) -> str:
-        return self.turns[-1].content
 
 
 @dataclass(frozen=True)

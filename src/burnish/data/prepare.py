@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from burnish.data.batches import Example
-from burnish.data.formats import Conversation, Read, read_conversations
+from burnish.data.conversation import Conversation
+from burnish.data.formats import Read, read_conversations
 from burnish.data.render import Renderer
 from burnish.data.rows import read_rows
 from burnish.errors import UserError, all_problems

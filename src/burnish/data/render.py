@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from burnish.data.batches import Example
-from burnish.data.formats import Conversation
+from burnish.data.conversation import Conversation
 from burnish.errors import UserError
 from burnish.models.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from burnish.backends.base import Model, Sampling
 from burnish.data.batches import Batch
-from burnish.data.formats import Conversation
+from burnish.data.conversation import Conversation
 from burnish.data.render import Renderer
 from burnish.errors import NonFinite
 from burnish.evaluation.tasks.text import exact_match
