@@ -25,6 +25,14 @@ class Row:
         return f"{self.file}:{self.line}"
 
 
+@dataclass(frozen=True)
+class Bad:
+    """A row that cannot be used."""
+
+    at: str  # file:line
+    why: str
+
+
 def read_rows(path: Path, first: int | None = None) -> list[Row]:
     """All rows of a file (the first `first` of them). Raises UserError listing every line that is no JSON
     object.
