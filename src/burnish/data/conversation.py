@@ -5,7 +5,7 @@ The readers make these, the renderer turns them into tokens, and nothing between
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -40,11 +40,12 @@ class Conversation:
     plain: bool
     at: str  # file:line
     tools: tuple[str, ...] = ()  # JSON text of each: {"type": "function", "function": {"name": …}}
+    markup: bool = False  # plain, and special tokens written out are meant: whoever wrote it is the template
 
     @property
     def prompt(self) -> Conversation:
         """The same without its last answer: what is asked before it is known."""
-        return Conversation(self.turns[:-1], self.plain, self.at, self.tools)
+        return replace(self, turns=self.turns[:-1])
 
     @property
     def answer(self) -> str:
