@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from burnish.data.batches import Batch, Example
+from burnish.data.batches import collate_rows as packed
 from burnish.machine.probe import Gpu, Machine
 from burnish.models.spec import read_spec
 from burnish.planning.plan import DataStats, Plan, make_plan
@@ -140,22 +141,6 @@ def random_batch(rng: np.random.Generator, rows: int, length: int, vocab: int, s
         sizes = np.diff([0, *cuts, room])
         made.append([random_example(rng, int(n) + 1, vocab) for n in sizes])
     return packed(made, length)
-
-
-def packed(rows: Sequence[Sequence[Example]], length: int) -> Batch:
-    """Rows of several examples one after another, padded to `length`."""
-    shape = (len(rows), length)
-    tokens, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
-    weights = np.zeros(shape, np.float32)
-    for b, examples in enumerate(rows):
-        start = 0
-        for number, e in enumerate(examples, 1):
-            n = len(e.tokens) - 1
-            at = slice(start, start + n)
-            tokens[b, at], targets[b, at], weights[b, at] = e.tokens[:-1], e.tokens[1:], e.weights[1:]
-            segments[b, at], positions[b, at] = number, np.arange(n)
-            start += n
-    return Batch(tokens, targets, weights, segments, positions)
 
 
 def take(batch: Batch, rows: slice | Sequence[int]) -> Batch:

@@ -8,7 +8,17 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from burnish.data.batches import Batch, Cursor, Example, collate, order, split, steps, steps_per_epoch
+from burnish.data.batches import (
+    Batch,
+    Cursor,
+    Example,
+    collate,
+    collate_rows,
+    order,
+    split,
+    steps,
+    steps_per_epoch,
+)
 
 
 def example(n: int, start: int = 0) -> Example:
@@ -20,12 +30,25 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 
 
 def test_targets_are_the_next_tokens_and_padding_counts_nothing() -> None:
-    batch = collate([example(5), example(3, 10)], multiple=4)
+    batch = collate([example(5), example(3, 10)], (2, 4, 8))
     assert batch.tokens_BT.tolist() == [[0, 1, 2, 3], [10, 11, 0, 0]]
     assert batch.targets_BT.tolist() == [[1, 2, 3, 4], [11, 12, 0, 0]]
     assert batch.weights_BT.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.segments_BT.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert (batch.weight, batch.n_tokens) == (6, 6)
+
+
+def test_rows_are_as_long_as_the_longest_where_no_length_is_fixed() -> None:
+    assert collate([example(6), example(3)]).tokens_BT.shape == (2, 5)
+
+
+def test_several_examples_a_row_are_numbered_and_begin_at_position_0() -> None:
+    batch = collate_rows([[example(4), example(3, 10)], [example(2, 20)]], 6)
+    assert batch.tokens_BT.tolist() == [[0, 1, 2, 10, 11, 0], [20, 0, 0, 0, 0, 0]]
+    assert batch.targets_BT.tolist() == [[1, 2, 3, 11, 12, 0], [21, 0, 0, 0, 0, 0]]
+    assert batch.segments_BT.tolist() == [[1, 1, 1, 2, 2, 0], [1, 0, 0, 0, 0, 0]]
+    assert batch.positions_BT.tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 0, 0, 0, 0]]
+    assert batch.weights_BT.tolist() == [[1, 1, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]]
 
 
 def test_every_example_once_an_epoch_and_another_order_each_epoch() -> None:
@@ -60,3 +83,10 @@ def test_the_last_step_of_an_epoch_is_smaller_and_nothing_is_left_out() -> None:
 def test_like_lengths_share_a_micro_batch() -> None:
     micros = split([example(n) for n in (3, 9, 4, 8)], 2)
     assert [b.tokens_BT.shape for b in micros] == [(2, 8), (2, 3)]
+
+
+def test_each_micro_batch_takes_the_smallest_fixed_length_that_holds_it() -> None:
+    examples = [example(n) for n in (3, 9, 4, 8)]
+    assert [b.tokens_BT.shape for b in split(examples, 2, (4, 16))] == [(2, 16), (2, 4)]
+    (micros, _) = next(steps(examples, 4, 2, 0, Cursor(), (4, 16)))
+    assert [b.tokens_BT.shape for b in micros] == [(2, 16), (2, 4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,12 @@ def qwen2(hidden: int, layers: int, heads: int, kv: int, inner: int, words: int)
 
 SPEC_14B = qwen2(5120, 48, 40, 8, 13824, 152064)
 SMALL = qwen2(256, 4, 4, 2, 704, 4096)
+
+
+def lengths_of(n: int, shortest: int, longest: int) -> DataStats:
+    """n lengths, evenly from shortest to longest."""
+    lengths = tuple(shortest + i * (longest - shortest) // (n - 1) for i in range(n))
+    return DataStats(n, longest, sum(lengths), sum(lengths), lengths)
 
 
 def machine(which: Any) -> Machine:
@@ -115,11 +122,27 @@ def test_true_lengths_tighten_the_plan() -> None:
     assert tight.steps is not None and tight.steps.value == 13
 
 
-def test_mps_rounds_lengths_up_and_pays_for_attention_scores() -> None:
-    plan = planned(SMALL, recorded.M4_MAX_128, stats=DataStats(10, 100, 1000, 1000))
-    assert plan.length_multiple.value == 64
+def test_mps_pads_to_a_few_lengths_and_pays_for_attention_scores() -> None:
+    plan = planned(SMALL, recorded.M4_MAX_128, "train.pack=false", stats=DataStats(10, 100, 550, 550))
+    assert (plan.lengths.value, planned(SMALL, recorded.H100).lengths.value) == ((64, 128), ())
     shape = Shape("mps", "bfloat16", "bfloat16", "none", 8, LINEARS, (0,), 1, 1024, 0, 64, 1.0)
     assert total(estimate(SMALL, shape)) > total(estimate(SMALL, replace(shape, device="cuda")))
+
+
+def test_memory_is_planned_for_the_rows_that_are_packed() -> None:
+    stats = lengths_of(200, 20, 200)
+    apart = planned(SPEC_14B, recorded.H100, "train.micro_batch=2", stats=stats)
+    packed = planned(SPEC_14B, recorded.H100, "train.micro_batch=2", "train.pack=true", stats=stats)
+    batches = [next(p.n_bytes for p in plan.estimate if p.name == "batch") for plan in (apart, packed)]
+    assert batches == [24 * 2 * 200, 24 * 2 * packed.row_length.value]
+    assert packed.row_length.value > 200
+
+
+def test_resuming_finds_the_layout_in_the_summary() -> None:
+    plan = planned(SMALL, recorded.M4_MAX_128, stats=lengths_of(100, 20, 300))
+    choices = json.loads(json.dumps(plan.summary()))["choices"]
+    assert choices["pack"]["value"] is True and choices["row_length"]["value"] == plan.row_length.value
+    assert tuple(choices["lengths"]["value"]) == plan.lengths.value != ()
 
 
 def test_memory_arithmetic_against_counting() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from burnish.backends.base import Memory, Scores, StepStats
 from burnish.data.batches import Batch, Cursor, Example, split
 from burnish.data.prepare import Part, Prepared
+from burnish.models.tokenizer import Tokenizer
 from burnish.runs.events import Event, Interrupted, Noted, Saved, Stepped, Validated
 from burnish.runs.folder import RunFolder, State
 from burnish.training.train import train
@@ -57,7 +58,9 @@ def run_loop(
     tmp_path: Path, model: Path, fake: Fake, n: int, valid: int = 0, state: State | None = None,
     stop: Callable[[], bool] = lambda: False, **settings: Any,
 ) -> list[Event]:  # fmt: skip
-    prepared = Prepared("text", "", part(n), part(valid, 100), False)
+    prepared = Prepared(
+        "text", "", part(n), part(valid, 100), False, "JSON Lines", (), "none", "", 0, cast(Tokenizer, None)
+    )
     plan = tiny_plan(model, prepared.stats, train={"batch_size": 4, "micro_batch": 2, **settings})
     events: list[Event] = []
     with RunFolder.begin(tmp_path / "run", plan.recipe) as run:
@@ -226,7 +229,7 @@ def test_validation_is_over_the_whole_set(tiny_folder: Path):
     rng = np.random.default_rng(0)
     examples = [Example(np.arange(n, dtype=np.int32), np.ones(n, np.float32)) for n in rng.integers(2, 9, 7)]
     plan = tiny_plan(tiny_folder, train={"batch_size": 8, "micro_batch": 3})
-    batches = split(examples, plan.micro_batch.value, plan.length_multiple.value)
+    batches = split(examples, plan.micro_batch.value, plan.lengths.value)
     assert [len(b.tokens_BT) for b in batches] == [3, 3, 1]
     assert sum(b.n_tokens for b in batches) == sum(len(e.tokens) - 1 for e in examples)
     assert split((), 3) == []

@@ -2,7 +2,8 @@
 them.
 
 Nothing here depends on a framework. The order of epoch e is a permutation drawn from (seed, e), so a cursor
-of two numbers is all that a checkpoint needs to go on exactly where it stopped.
+of two numbers is all that a checkpoint needs to go on exactly where it stopped. Here a row holds one example;
+packing.py lays several into one.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence. weights[i] says how much tokens[i], as a target, counts; weights[0] is always 0.
-    """
+    """One training sequence: weights[i] says how much tokens[i] counts as target; weights[0] is always 0."""
 
     tokens: np.ndarray  # int32 [T]
     weights: np.ndarray  # float32 [T]
@@ -54,23 +54,40 @@ class Batch:
 
 @dataclass(frozen=True)
 class Cursor:
-    """The next example to train on: `index` into the order of `epoch`."""
+    """The next step begins `index` examples into the order of `epoch`: a whole number of batches.
+
+    Packed steps take about as many examples each, not exactly; `index` then only says how many steps came
+    before (packing.py).
+    """
 
     epoch: int = 0
     index: int = 0
 
 
-def collate(examples: Sequence[Example], multiple: int = 1) -> Batch:
-    """Rows of one example each, padded on the right to the longest, rounded up to `multiple`."""
-    length = max(len(e.tokens) - 1 for e in examples)
-    length = -(-length // multiple) * multiple
-    shape = (len(examples), length)
+def collate(examples: Sequence[Example], lengths: Sequence[int] = ()) -> Batch:
+    """Rows of one example each, padded on the right to the longest, or to the first of the ascending
+    `lengths` that holds it.
+    """
+    longest = max(len(e.tokens) - 1 for e in examples)
+    return collate_rows([[e] for e in examples], next((n for n in lengths if n >= longest), longest))
+
+
+def collate_rows(rows: Sequence[Sequence[Example]], length: int) -> Batch:
+    """Rows of several examples one after another, padded on the right to `length` positions.
+
+    An example's last token is only predicted, so it takes one position less than it has tokens.
+    """
+    shape = (len(rows), length)
     tokens, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
     weights = np.zeros(shape, np.float32)
-    for row, e in enumerate(examples):
-        n = len(e.tokens) - 1
-        tokens[row, :n], targets[row, :n], weights[row, :n] = e.tokens[:-1], e.tokens[1:], e.weights[1:]
-        segments[row, :n], positions[row, :n] = 1, np.arange(n)
+    for b, examples in enumerate(rows):
+        start = 0
+        for number, e in enumerate(examples, 1):
+            n = len(e.tokens) - 1
+            at = slice(start, start + n)
+            tokens[b, at], targets[b, at], weights[b, at] = e.tokens[:-1], e.tokens[1:], e.weights[1:]
+            segments[b, at], positions[b, at] = number, np.arange(n)
+            start += n
     return Batch(tokens, targets, weights, segments, positions)
 
 
@@ -84,12 +101,12 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     return -(-n // batch_size)
 
 
-def split(examples: Sequence[Example], micro_batch: int, multiple: int = 1) -> list[Batch]:
+def split(examples: Sequence[Example], micro_batch: int, lengths: Sequence[int] = ()) -> list[Batch]:
     """One step's examples as micro-batches of at most `micro_batch` rows, longest first, so that like pads
     with like.
     """
     by_length = sorted(examples, key=lambda e: -len(e.tokens))
-    return [collate(by_length[i : i + micro_batch], multiple) for i in range(0, len(by_length), micro_batch)]
+    return [collate(by_length[i : i + micro_batch], lengths) for i in range(0, len(by_length), micro_batch)]
 
 
 def steps(
@@ -98,7 +115,7 @@ def steps(
     micro_batch: int,
     seed: int,
     cursor: Cursor,
-    multiple: int = 1,
+    lengths: Sequence[int] = (),
 ) -> Iterator[tuple[list[Batch], Cursor]]:
     """Endless steps from `cursor` on: each one's micro-batches, and the cursor that follows it."""
     epoch, index = cursor.epoch, cursor.index
@@ -108,5 +125,5 @@ def steps(
             chosen = [examples[i] for i in permutation[index : index + batch_size]]
             index += len(chosen)
             after = Cursor(epoch, index) if index < len(examples) else Cursor(epoch + 1, 0)
-            yield split(chosen, micro_batch, multiple), after
+            yield split(chosen, micro_batch, lengths), after
         epoch, index = epoch + 1, 0

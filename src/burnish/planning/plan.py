@@ -9,46 +9,24 @@ plan decides such a thing again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from burnish.errors import UserError
 from burnish.machine.probe import Machine
 from burnish.models.spec import ModelSpec
+from burnish.planning.choice import Choice, DataStats
+from burnish.planning.layout import largest, lay_out
 from burnish.planning.memory import Part, Shape, estimate, total
 from burnish.recipe import Recipe
-
-T = TypeVar("T")
 
 # Logits of one slice, float32: small enough to be nothing beside a layer, large enough that the head's matrix
 # product runs at full speed (64 rows and more on every device tried).
 LOSS_SLICE_BYTES = 96 << 20
-# More tokens than this in a forward pass make no matrix product faster, on a CPU or a GPU.
-ENOUGH_TOKENS = {"cpu": 2048, "cuda": 8192, "mps": 2048}
-# Lengths are rounded up to a multiple on MPS, where every new shape compiles and keeps a graph
-# (torch#132596).
-LENGTH_MULTIPLE = {"cpu": 1, "cuda": 1, "mps": 64}
 # Apple's recommended working set, as a share of RAM, where it cannot be asked: about 2/3 up to 36 GB, 3/4
 # above.
 METAL_SHARE_SMALL, METAL_SHARE_LARGE, METAL_LARGE_BYTES = 0.66, 0.75, 36 << 30
 MARGIN = {"cpu": 0.10, "cuda": 0.04, "mps": 0.08}
-
-
-@dataclass(frozen=True)
-class Choice(Generic[T]):
-    value: T
-    reason: str
-
-
-@dataclass(frozen=True)
-class DataStats:
-    """True lengths of the data, in tokens."""
-
-    examples: int
-    longest: int
-    tokens: int
-    trained: int
 
 
 @dataclass(frozen=True)
@@ -64,9 +42,11 @@ class Plan:
     quantize: Choice[str]
     targets: Choice[tuple[str, ...]]  # projections that get an adapter
     layers: Choice[tuple[int, ...]]  # decoder layers that get one
-    micro_batch: Choice[int]
-    length: Choice[int]  # tokens of the longest row that memory is planned for
-    length_multiple: Choice[int]
+    pack: Choice[bool]  # several examples a row (layout.py)
+    row_length: Choice[int]  # positions of a packed row, whether or not rows are packed
+    lengths: Choice[tuple[int, ...]]  # rows that are not packed are padded to one of these; (): to none
+    micro_batch: Choice[int]  # rows of a forward pass
+    length: Choice[int]  # tokens of the longest example
     keep_layers: Choice[int]
     loss_slice: Choice[int]
     steps: Choice[int] | None  # optimizer steps; known once the data is
@@ -109,55 +89,27 @@ def make_plan(recipe: Recipe, spec: ModelSpec, machine: Machine, stats: DataStat
     weights, compute = _dtypes(recipe, device.value, machine)
     targets, layers = _targets(recipe, spec), _layers(recipe, spec)
     length = _length(recipe, spec, stats)
-    multiple = Choice(
-        LENGTH_MULTIPLE[device.value],
-        "every new shape costs a compilation on MPS"
-        if device.value == "mps"
-        else "no padding is needed on this device",
-    )
-    planned = -(-length.value // multiple.value) * multiple.value
     loss_slice = _loss_slice(spec)
     budget = _budget(device.value, machine)
     share = 1.0 if recipe.data.loss_on == "all" or stats is None else stats.trained / max(stats.tokens, 1)
     shape = Shape(
-        device.value,
-        weights.value,
-        compute.value,
-        recipe.quantize,
-        recipe.lora.rank,
-        targets.value,
-        layers.value,
-        1,
-        planned,
-        0,
-        loss_slice.value,
-        share,
-    )
-    micro = _micro_batch(recipe, spec, shape, budget.value)
-    shape = replace(shape, micro_batch=micro.value)
+        device.value, weights.value, compute.value, recipe.quantize, recipe.lora.rank, targets.value,
+        layers.value, 1, length.value, 0, loss_slice.value, share
+    )  # fmt: skip
+
+    def fits(rows: int, row: int) -> bool:
+        return total(estimate(spec, replace(shape, micro_batch=rows, length=row))) <= budget.value
+
+    layout = lay_out(recipe.train, device.value, backend.value, length.value, stats, fits)
+    shape = replace(shape, micro_batch=layout.micro_batch.value, length=layout.planned)
     keep = _keep_layers(recipe, spec, shape, budget.value)
     shape = replace(shape, keep_layers=keep.value)
     return Plan(
-        recipe,
-        spec,
-        machine,
-        stats,
-        backend,
-        device,
-        weights,
-        compute,
-        Choice(recipe.quantize, "as the recipe says"),
-        targets,
-        layers,
-        micro,
-        length,
-        multiple,
-        keep,
-        loss_slice,
-        _steps(recipe, stats),
-        estimate(spec, shape),
-        budget,
-    )
+        recipe, spec, machine, stats, backend, device, weights, compute,
+        Choice(recipe.quantize, "as the recipe says"), targets, layers,
+        layout.pack, layout.row_length, layout.lengths, layout.micro_batch,
+        length, keep, loss_slice, _steps(recipe, stats), estimate(spec, shape), budget
+    )  # fmt: skip
 
 
 def _backend(recipe: Recipe) -> Choice[str]:
@@ -301,31 +253,6 @@ def _budget(device: str, machine: Machine) -> Choice[int]:
     return Choice(int(machine.free_ram_bytes * keep), f"free memory less a margin of {MARGIN[device]:.0%}")
 
 
-def _largest(upto: int, fits: Callable[[int], bool], least: int) -> int:
-    """The largest n in least…upto for which `fits(n)`; `least` if none does."""
-    low, high = least, upto
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
-
-
-def _micro_batch(recipe: Recipe, spec: ModelSpec, shape: Shape, budget: int) -> Choice[int]:
-    asked, batch = recipe.train.micro_batch, recipe.train.batch_size
-    if asked != "auto":
-        return Choice(asked, "as the recipe says")
-    enough = max(1, ENOUGH_TOKENS[shape.device] // shape.length)
-    n = _largest(
-        min(batch, enough), lambda m: total(estimate(spec, replace(shape, micro_batch=m))) <= budget, 1
-    )
-    if n == batch:
-        return Choice(n, "the whole batch at once")
-    why = (
-        f"{n * shape.length} tokens keep the device busy" if n == enough else "as many rows as memory allows"
-    )
-    return Choice(n, why)
-
-
 def _keep_layers(recipe: Recipe, spec: ModelSpec, shape: Shape, budget: int) -> Choice[int]:
     asked = recipe.train.keep_layers
     if asked != "auto":
@@ -335,7 +262,7 @@ def _keep_layers(recipe: Recipe, spec: ModelSpec, shape: Shape, budget: int) -> 
                 f"set train.keep_layers to at most {spec.n_layers}, or to auto",
             )
         return Choice(asked, "as the recipe says")
-    n = _largest(spec.n_layers, lambda k: total(estimate(spec, replace(shape, keep_layers=k))) <= budget, 0)
+    n = largest(spec.n_layers, lambda k: total(estimate(spec, replace(shape, keep_layers=k))) <= budget, 0)
     if n == spec.n_layers:
         return Choice(n, "memory allows every layer's activations, so none is recomputed")
     return Choice(n, f"memory allows the activations of {n} layers; {spec.n_layers - n} are recomputed")

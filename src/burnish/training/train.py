@@ -10,13 +10,14 @@ exactly.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from burnish.backends.base import Learner
-from burnish.data.batches import split, steps_per_epoch
+from burnish.data.batches import Batch, Cursor, Example, split, steps_per_epoch
 from burnish.data.batches import steps as data_steps
+from burnish.data.packing import packed_split, packed_steps
 from burnish.data.prepare import Prepared
 from burnish.evaluation.score import validate
 from burnish.planning.plan import Plan
@@ -34,15 +35,8 @@ def train(
     total = plan.steps.value
     examples = prepared.train.examples
     per_epoch = steps_per_epoch(len(examples), recipe.batch_size)
-    held_out = split(prepared.valid.examples, plan.micro_batch.value, plan.length_multiple.value)
-    batches = data_steps(
-        examples,
-        recipe.batch_size,
-        plan.micro_batch.value,
-        recipe.seed,
-        state.cursor,
-        plan.length_multiple.value,
-    )
+    held_out = _held_out(plan, prepared.valid.examples)
+    batches = _batches(plan, examples, state.cursor)
     saved = state.step
     while state.step < total and not _stale(plan, state):
         if stop():
@@ -86,6 +80,19 @@ def train(
             f"stopped early: no better validation loss in {state.stale} validations; the best was at step "
             f"{state.best_step}"
         )
+
+
+def _batches(plan: Plan, examples: Sequence[Example], cursor: Cursor) -> Iterator[tuple[list[Batch], Cursor]]:
+    size, micro, seed = plan.recipe.train.batch_size, plan.micro_batch.value, plan.recipe.train.seed
+    if plan.pack.value:
+        return packed_steps(examples, size, micro, seed, cursor, plan.row_length.value)
+    return data_steps(examples, size, micro, seed, cursor, plan.lengths.value)
+
+
+def _held_out(plan: Plan, examples: Sequence[Example]) -> list[Batch]:
+    if plan.pack.value:
+        return packed_split(examples, plan.micro_batch.value, plan.row_length.value)
+    return split(examples, plan.micro_batch.value, plan.lengths.value)
 
 
 def _stale(plan: Plan, state: State) -> bool:

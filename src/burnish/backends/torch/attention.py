@@ -28,6 +28,9 @@ class Segments:
     """Lengths of the examples in a row, and how many attention layers have used them since."""
 
     lengths: Sequence[int]
+    # bool [B, T, T], where rows of equal length hold several examples on a device that compiles every shape:
+    # then attention is taken row by row under it, instead of example by example.
+    mask_BTT: torch.Tensor | None = None
     seen: int = 0
 
 
@@ -81,19 +84,24 @@ def attention(
     if groups > 1 and not native:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         length = q.shape[2]
-        mask = None
         if sliding_window is not None and length > sliding_window:
             at = torch.arange(length, device=q.device)
             apart = at[:, None] - at[None, :]
-            mask = (apart >= 0) & (apart < sliding_window)
+            near = (apart >= 0) & (apart < sliding_window)
+            mask = near if mask is None else near & mask
         return scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=native and groups > 1
         )
 
     lengths = segments.lengths
-    if len(lengths) == 1:
+    if segments.mask_BTT is not None:
+        n = len(segments.mask_BTT)
+        out = _joined(attend(*(_split(t, n) for t in (query, key, value)), segments.mask_BTT[:, None]))
+    elif len(lengths) == 1:
         out = attend(query, key, value)
     elif len(set(lengths)) == 1:
         out = _joined(attend(*(_split(t, len(lengths)) for t in (query, key, value))))

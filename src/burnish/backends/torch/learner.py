@@ -28,6 +28,7 @@ from burnish.backends.torch.lora import LoraLinear, Masks, narrow
 from burnish.backends.torch.loss import Head, SlicedLoss
 from burnish.backends.torch.recompute import Recomputation
 from burnish.data.batches import Batch
+from burnish.data.packing import segment_mask
 from burnish.errors import NonFinite, Unsupported, UserError
 from burnish.planning.plan import Plan
 
@@ -183,7 +184,7 @@ class TorchLearner:
         return self._embed(tokens).to(self._compute)
 
     def _loss(self, flat: Flat, weights_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        segments = Segments(flat.lengths)
+        segments = Segments(flat.lengths, flat.mask)
         out = self._decoder(
             inputs_embeds=self._inputs(flat.tokens),
             position_ids=flat.positions,
@@ -207,6 +208,7 @@ class Flat:
     tokens: torch.Tensor  # int64 [1, N]
     positions: torch.Tensor  # int64 [1, N]
     lengths: tuple[int, ...]  # of the segments, Σ = N
+    mask: torch.Tensor | None  # bool [B, T, T], where packed rows keep their length (attention.py)
     supervised: torch.Tensor  # int64 [M], positions in the row
     targets: torch.Tensor  # int64 [M]
     weights: torch.Tensor  # float32 [M]
@@ -214,11 +216,12 @@ class Flat:
 
 
 def _flatten(batch: Batch, device: torch.device, n_words: int) -> Flat:
-    segments = batch.segments_BT
-    if keeps_padding(
-        device
-    ):  # padding becomes the tail of its row's last segment, which causality keeps it out of
+    segments, mask = batch.segments_BT, None
+    if keeps_padding(device):
+        # Padding becomes the tail of its row's last segment, which causality keeps it out of.
         segments = np.maximum.accumulate(segments, axis=1)
+        if segments.max() > 1:
+            mask = torch.as_tensor(segment_mask(segments), device=device)
     used = segments > 0
     # Beyond the embedding matrix, CUDA ends the process's use of the GPU and MPS reads whatever lies there.
     most = int(max(batch.tokens_BT.max(), batch.targets_BT.max()))
@@ -234,6 +237,7 @@ def _flatten(batch: Batch, device: torch.device, n_words: int) -> Flat:
         tensor(batch.tokens_BT[used][None].astype(np.int64)),
         tensor(batch.positions_BT[used][None].astype(np.int64)),
         lengths,
+        mask,
         tensor(supervised),
         tensor(batch.targets_BT[used][supervised].astype(np.int64)),
         tensor(weights[supervised]),

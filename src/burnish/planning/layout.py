@@ -1,0 +1,249 @@
+"""How examples lie in rows: packed or one a row, rows of which lengths, how many in a forward pass.
+
+An example of n tokens takes n - 1 positions of a row: its last token is only predicted.
+
+Unpacked, a row holds one example. Where padding is computed and every new shape costs a compilation (MPS), it
+is padded to one of at most FEW lengths, chosen to waste least on this data; elsewhere it stays as it is.
+
+Packed, all rows have one length, `row_length`. A window of PACK_WINDOW optimizer steps shares its examples
+out: first-fit decreasing puts them into rows, and the rows are dealt to the steps as evenly as can be. A
+larger window packs tighter (WikiSQL, 8 examples a step, rows of 512: 27 % of positions are padding with
+windows of one step, 5 % with 32) and makes a step less exactly `batch_size` examples. The row length is the
+one for which the windows' largest steps are smallest: it weighs padding and unevenness in one number.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from random import Random
+
+from burnish.planning.choice import Choice, DataStats
+from burnish.recipe import Train
+
+# More tokens than this in a forward pass make no matrix product faster, on a CPU or a GPU.
+ENOUGH_TOKENS = {"cpu": 2048, "cuda": 8192, "mps": 2048}
+# Devices on which padding is computed, because every new shape compiles and keeps a graph (torch#132596).
+PADDED = ("mps",)
+BUCKET = 64  # positions; fixed lengths are multiples of it
+FEW = 8
+PACK_WINDOW = 32  # optimizer steps whose examples are packed together
+# The row length is looked for among this many lengths, on this many windows drawn from the data: a fraction
+# of a second for ten thousand examples.
+CANDIDATES, SAMPLES = 16, 3
+
+
+Fits = Callable[[int, int], bool]  # (rows, length): a forward pass of that size has room
+
+
+@dataclass(frozen=True)
+class Layout:
+    pack: Choice[bool]
+    row_length: Choice[int]  # positions of a packed row, whether or not rows are packed
+    lengths: Choice[tuple[int, ...]]  # that rows are padded to where they are not packed; (): as they are
+    micro_batch: Choice[int]  # rows of a forward pass
+    planned: int  # positions of the longest row
+
+
+def lay_out(
+    train: Train, device: str, backend: str, longest: int, stats: DataStats | None, fits: Fits
+) -> Layout:
+    """longest: tokens of the longest example there is or, before the data is read, may be."""
+    sizes = [n - 1 for n in stats.sizes] if stats is not None else []
+    windows = _windows(train, sizes)
+    lengths = _lengths(device, longest, sizes)
+    planned = lengths.value[-1] if lengths.value else longest
+    micro = _rows(train, device, planned, train.batch_size, fits, "the whole batch at once")
+    row_length = _row_length(train, device, longest, windows, fits)
+    pack = _pack(train, device, backend, windows, row_length.value, lengths.value, planned, micro.value)
+    if pack.value:
+        planned, most = row_length.value, _most_rows(windows, train.batch_size, row_length.value)
+        micro = _rows(train, device, planned, most, fits, "every row of a step at once")
+    return Layout(pack, row_length, lengths, micro, planned)
+
+
+def up(positions: int) -> int:
+    """Rounded up to a whole number of buckets."""
+    return max(1, -(-positions // BUCKET)) * BUCKET
+
+
+def few_lengths(positions: Sequence[int], few: int = FEW) -> tuple[int, ...]:
+    """At most `few` multiples of BUCKET, ascending, that pad these rows least, one by one; the exact optimum.
+
+    Dynamic programming over the buckets that hold a row: the cheapest way to serve the first j of them with k
+    lengths ends in the j-th, after the cheapest way to serve the first i with k - 1.
+    """
+    held = sorted(Counter(up(n) for n in positions).items())
+    tops, below = [top for top, _ in held], [0, *accumulate(n for _, n in held)]
+    cost: list[float] = [0.0, *[float("inf")] * len(tops)]
+    ways: list[list[int]] = []
+    for _ in range(min(few, len(tops))):
+        found, way = [0.0], [0]
+        for j in range(1, len(tops) + 1):
+            i = min(range(j), key=lambda i: cost[i] + (below[j] - below[i]) * tops[j - 1])
+            found.append(cost[i] + (below[j] - below[i]) * tops[j - 1])
+            way.append(i)
+        cost = found
+        ways.append(way)
+    chosen, j = [], len(tops)
+    for way in reversed(ways):
+        if j:
+            chosen.append(tops[j - 1])
+            j = way[j]
+    return tuple(reversed(chosen))
+
+
+def first_fit(positions: Sequence[int], row_length: int) -> list[list[int]]:
+    """First-fit decreasing: indices into `positions`, row by row, each row's sum at most `row_length`."""
+    rows: list[list[int]] = []
+    left: list[int] = []
+    at, last = 0, -1
+    for i in sorted(range(len(positions)), key=lambda i: -positions[i]):
+        n = positions[i]
+        assert n <= row_length, f"{n} positions in a row of {row_length}"
+        # Rows that had no room for an example as long as this one still have none.
+        at = at if n == last else 0
+        while at < len(rows) and left[at] < n:
+            at += 1
+        if at == len(rows):
+            rows.append([])
+            left.append(row_length)
+        rows[at].append(i)
+        left[at] -= n
+        last = n
+    return rows
+
+
+def _lengths(device: str, longest: int, sizes: list[int]) -> Choice[tuple[int, ...]]:
+    if device not in PADDED:
+        return Choice((), f"padding is dropped before it is computed on {device}: rows stay as they are")
+    top = up(longest - 1)
+    if not sizes:
+        return Choice((top,), "the longest row there may be; the data decides when it is read")
+    found = few_lengths([*sizes, longest - 1])
+    return Choice(found, f"every new shape compiles on {device}; these pad the data's rows least")
+
+
+def _rows(train: Train, device: str, length: int, most: int, fits: Fits, whole: str) -> Choice[int]:
+    """How many rows of `length` a forward pass takes: `most`, or fewer for a reason."""
+    if train.micro_batch != "auto":
+        return Choice(train.micro_batch, "as the recipe says")
+    enough = _enough(device, length)
+    n = largest(min(most, enough), lambda rows: fits(rows, length), 1)
+    if n == most:
+        return Choice(n, whole)
+    if n == enough:
+        return Choice(n, f"{n * length} tokens keep the device busy")
+    return Choice(n, "as many rows as memory allows")
+
+
+def _enough(device: str, length: int) -> int:
+    return max(1, ENOUGH_TOKENS[device] // length)
+
+
+def largest(upto: int, fits: Callable[[int], bool], least: int) -> int:
+    """The largest n in least…upto for which `fits(n)`; `least` if none does."""
+    low, high = least, upto
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _windows(train: Train, sizes: list[int]) -> list[list[int]]:
+    """Examples as they may meet in a window: drawn at random, so that they stand for any epoch."""
+    dice, width = Random(train.seed), min(len(sizes), PACK_WINDOW * train.batch_size)
+    return [dice.sample(sizes, width) for _ in range(SAMPLES)] if sizes else []
+
+
+def _row_length(train: Train, device: str, longest: int, windows: list[list[int]], fits: Fits) -> Choice[int]:
+    least, size = up(longest - 1), train.batch_size
+    if not windows:
+        return Choice(least, "the longest row there may be; the data decides when it is read")
+    real, count = sum(map(sum, windows)), sum(map(len, windows))
+    wanted = round(min(size * real / count, ENOUGH_TOKENS[device]))
+    high = max(least, up(wanted * 5 // 4))
+    fitting = largest(high // BUCKET, lambda n: fits(1, n * BUCKET), least // BUCKET) * BUCKET
+    candidates = range(min(max(least, up(wanted * 3 // 4)), fitting), fitting + 1, BUCKET)
+    candidates = candidates[:: -(-len(candidates) // CANDIDATES)]
+    length = min(candidates, key=lambda n: _largest_steps(windows, size, n))
+    empty = 1 - real / _packed_positions(windows, size, length)
+    if wanted <= least:
+        why = "the longest example decides"
+    elif fitting < high:
+        why = "memory allows no more"
+    else:
+        why = f"near the {wanted} positions that a step holds or keep the device busy"
+    return Choice(length, f"{why}; about {empty:.0%} of packed rows is padding")
+
+
+def _steps(window: list[int], batch_size: int) -> int:
+    return -(-len(window) // batch_size)
+
+
+def _largest_steps(windows: list[list[int]], batch_size: int, length: int) -> int:
+    """Positions if every step had as many rows as the largest of its window."""
+    cost = 0
+    for window in windows:
+        n_steps = _steps(window, batch_size)
+        cost += -(-len(first_fit(window, length)) // n_steps) * n_steps * length
+    return cost
+
+
+def _most_rows(windows: list[list[int]], batch_size: int, length: int) -> int:
+    """Rows of the largest step."""
+    if not windows:
+        return batch_size
+    return max(-(-len(first_fit(w, length)) // _steps(w, batch_size)) for w in windows)
+
+
+def _packed_positions(windows: list[list[int]], batch_size: int, length: int) -> int:
+    """Positions of packed rows; a step has at least one."""
+    return length * sum(max(len(first_fit(w, length)), _steps(w, batch_size)) for w in windows)
+
+
+def _padded_positions(windows: list[list[int]], batch_size: int, micro: int, lengths: Sequence[int]) -> int:
+    """Positions where rows are padded to one of `lengths`, the longest rows of a step together."""
+    total = 0
+    for window in windows:
+        for start in range(0, len(window), batch_size):
+            step = sorted(window[start : start + batch_size], reverse=True)
+            parts = [step[i : i + micro] for i in range(0, len(step), micro)]
+            total += sum(len(p) * next(n for n in lengths if n >= p[0]) for p in parts)
+    return total
+
+
+def _pack(
+    train: Train,
+    device: str,
+    backend: str,
+    windows: list[list[int]],
+    row_length: int,
+    lengths: tuple[int, ...],
+    planned: int,
+    micro: int,
+) -> Choice[bool]:
+    """planned, micro: of a forward pass that is not packed."""
+    if train.pack != "auto":
+        return Choice(train.pack, "as the recipe says")
+    if backend == "reference":
+        return Choice(False, "the reference backend is not after speed")
+    real, count = sum(map(sum, windows)), sum(map(len, windows))
+    if device in PADDED:
+        computed = f"padding is computed on {device}"
+        if not windows:
+            return Choice(True, f"{computed}; the data decides when it is read")
+        alone = _padded_positions(windows, train.batch_size, micro, lengths)
+        together = _packed_positions(windows, train.batch_size, row_length)
+        shares = f"{1 - real / together:.0%} of positions packed, {1 - real / alone:.0%} unpacked"
+        return Choice(together <= alone, f"{computed}: about {shares}")
+    dropped = f"padding is dropped before it is computed on {device}"
+    if not windows:
+        return Choice(False, f"{dropped}; the data decides when it is read")
+    by_memory = train.micro_batch == "auto" and micro < min(train.batch_size, _enough(device, planned))
+    if by_memory and 2 * real <= count * (planned - 1):
+        why = f"memory allows {micro} of {train.batch_size} examples a pass, and most are far shorter than"
+        return Choice(True, f"{why} the longest: packed rows fill the pass")
+    return Choice(False, f"{dropped}: packing would save nothing")
