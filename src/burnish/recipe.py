@@ -43,7 +43,7 @@ class Data(Section):
     )
     rows: Positive | None = Field(default=None, description="use only the first N training rows")
     columns: dict[str, str] = Field(
-        default={}, description="standard column name: the file's own, as in {prompt: frage, completion: antwort}"
+        default={}, description="standard column: the file's own, as in {prompt: frage, completion: antwort}"
     )
     prompt: str | None = Field(default=None, description="prompt template over the columns: 'Q: {Question}'")
     completion: str | None = Field(default=None, description="completion template over them: '{Response}'")
@@ -103,7 +103,7 @@ class Train(Section):
         default=None, description="stop after this many optimizer steps, whatever `epochs` says"
     )
     batch_size: Positive = Field(default=8, description="examples per optimizer step")
-    micro_batch: Positive | Literal["auto"] = Field(default="auto", description="examples per forward pass")
+    micro_batch: Positive | Literal["auto"] = Field(default="auto", description="rows per forward pass")
     pack: bool | Literal["auto"] = Field(
         default="auto", description="several examples a row, kept apart from one another"
     )

@@ -12,6 +12,7 @@ from burnish import backends
 from burnish.cli.show import print_json
 from burnish.data.formats import question, takes_chat
 from burnish.data.render import Renderer
+from burnish.data.training_template import ending
 from burnish.errors import UserError
 from burnish.inference.generate import answer, check_window, sampling
 from burnish.machine.probe import probe
@@ -32,7 +33,7 @@ def generate_command(target: str, prompts: list[str], overrides: list[str], raw:
     if not all(texts):
         raise UserError("there is no prompt", f"burnish generate {target} 'your question'")
     spec = spec_of(recipe)
-    tokenizer = load_tokenizer(spec.folder, recipe.trust_remote_code)
+    tokenizer = _tokenizer(adapter, spec.folder, recipe)
     tokens = [_tokens(t, recipe, format, tokenizer, raw) for t in texts]
     for number, prompt in enumerate(tokens, 1):
         check_window(prompt, spec.max_positions, f"prompt {number}")
@@ -82,7 +83,9 @@ def _opened(folder: Path, overrides: list[str]) -> tuple[Recipe, Path | None, st
 def _of_adapter(place: Path, overrides: list[str]) -> tuple[Recipe, Path, str]:
     if (place / "recipe.yaml").is_file():
         recipe = load(str(place / "recipe.yaml"), overrides)
-        return recipe, place, _read(place / "burnish.json", ("format",))["format"]
+        told = _read(place / "burnish.json", ("format",))
+        data = recipe.data.model_copy(update={"system": told.get("system", recipe.data.system)})
+        return recipe.model_copy(update={"data": data}), place, told["format"]
     config = _read(
         place / "adapter_config.json", ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
     )
@@ -102,6 +105,13 @@ def _of_adapter(place: Path, overrides: list[str]) -> tuple[Recipe, Path, str]:
         }
     )
     return parse(dump(asked.model_copy(update={"lora": lora})), str(place), overrides), place, "messages"
+
+
+def _tokenizer(adapter: Path | None, model: Path, recipe: Recipe) -> Tokenizer:
+    """The adapter's own, with the template it was trained with, where the folder has one."""
+    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    place = adapter if own and adapter is not None else model
+    return ending(load_tokenizer(place, recipe.trust_remote_code, model))
 
 
 def _for_answers(model: str) -> Recipe:

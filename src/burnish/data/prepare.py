@@ -1,10 +1,11 @@
-"""The whole way from files to examples: read, find the format, render, hold out, count.
+"""The whole way from files to examples: read, find the format, choose the template, render, prove, count.
 
     prepared = prepare(recipe, tokenizer)
     prepared.stats          # DataStats, for the plan
     prepared.train, prepared.valid
+    prepared.tokenizer      # with the template that was chosen: whatever asks the model later uses this one
 
-Everything that is dropped or cut is counted, and zero trained tokens is an error here, long before a NaN
+Everything that is left out or cut is counted, and zero trained tokens is an error here, long before a NaN
 could be.
 """
 
@@ -17,9 +18,12 @@ import numpy as np
 
 from burnish.data.batches import Example
 from burnish.data.conversation import Conversation
-from burnish.data.formats import Read, read_conversations
+from burnish.data.formats import Read, fields, read_conversations
+from burnish.data.hub import is_hub_id
 from burnish.data.render import Renderer
-from burnish.data.rows import read_rows
+from burnish.data.rows import Bad, read_rows
+from burnish.data.template import Layout, Unproven
+from burnish.data.training_template import Chosen, choose
 from burnish.errors import UserError, all_problems
 from burnish.models.tokenizer import Tokenizer
 from burnish.planning.plan import DataStats
@@ -32,8 +36,9 @@ class Part:
 
     examples: tuple[Example, ...]
     conversations: tuple[Conversation, ...]
-    dropped: int  # rows left out: longer than max_length, or without a token to train
-    truncated: int  # rows longer than max_length that lost their end
+    dropped: int  # left out: longer than max_length, or without a token to train
+    truncated: int  # longer than max_length: they lost their end
+    untrained: int = 0  # of the dropped, those without a token to train
 
     @property
     def tokens(self) -> int:
@@ -55,11 +60,25 @@ class Prepared:
     train: Part
     valid: Part
     held_out: bool  # the validation rows were taken from the training rows
+    container: str  # what the training file is: "JSON Lines", "CSV with a header", …
+    bad: tuple[Bad, ...]  # rows left out because they cannot be used (data.on_bad_row: skip)
+    template: str  # which chat template renders them
+    template_why: str
+    trimmed: int  # texts whose outer white space the template removes
+    tokenizer: Tokenizer
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt that every training row begins with: questions asked later are to have it too."""
+        firsts = (c.turns[0] for c in self.train.conversations)
+        found = {t.content if t.role == "system" else None for t in firsts}
+        return found.pop() if len(found) == 1 else None
 
     @property
     def stats(self) -> DataStats:
         longest = max(self.train.longest, self.valid.longest)
-        return DataStats(len(self.train.examples), longest, self.train.tokens, self.train.trained)
+        lengths = tuple(len(e.tokens) for e in self.train.examples)
+        return DataStats(len(lengths), longest, self.train.tokens, self.train.trained, lengths)
 
 
 def prepare(recipe: Recipe, tokenizer: Tokenizer) -> Prepared:
@@ -67,35 +86,80 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer) -> Prepared:
     settings = recipe.data
     if not settings.train:
         raise UserError("the recipe names no training data", "set data.train=FILE.jsonl")
-    read = _read(settings.train, recipe, tokenizer, settings.rows)
-    conversations, held = list(read.conversations), []
+    container, read, bad = _read(settings.train, recipe, tokenizer, settings.rows)
+    every = list(read.conversations)
     if settings.valid:
-        held = list(_read(settings.valid, recipe, tokenizer, None).conversations)
-    elif settings.valid_share:
-        conversations, held = _hold_out(conversations, settings.valid_share, recipe.train.seed)
-    renderer = Renderer(tokenizer, settings.loss_on)
-    train = _render(conversations, renderer, recipe)
-    valid = _render(held, renderer, recipe)
+        _, valid_read, more = _read(settings.valid, recipe, tokenizer, None)
+        every, bad = [*every, *valid_read.conversations], [*bad, *more]
+    chosen = choose(tokenizer, every)
+    bad += [Bad(every[i].at, why) for i, why in chosen.failed.items()]
+    _check_bad(bad, len(every) + len(bad) - len(chosen.failed), read, chosen, recipe)
+    laid_out = [(c, chosen.layouts.get(i)) for i, c in enumerate(every)]
+    usable = [pair for i, pair in enumerate(laid_out) if i not in chosen.failed]
+    n = sum(i not in chosen.failed for i in range(len(read.conversations)))
+    rows, held_rows = usable[:n], usable[n:]
+    if not rows:
+        raise UserError(f"{settings.train}: no row can be used: {bad[0].at}: {bad[0].why}", _LOOK)
+    if not settings.valid and settings.valid_share:
+        rows, held_rows = _hold_out(rows, settings.valid_share, recipe.train.seed)
+    renderer = Renderer(chosen.tokenizer, settings.loss_on)
+    train, valid = _render(rows, renderer, recipe), _render(held_rows, renderer, recipe)
     if not train.trained:
         raise UserError(
             f"{settings.train}: none of its {len(read.conversations)} rows leaves a token to train "
-            f"({train.dropped} were longer than train.max_length={recipe.train.max_length})",
+            f"({train.dropped - train.untrained} longer than train.max_length={recipe.train.max_length})",
             f"burnish data {recipe.name} --show 3   shows what is trained; or raise train.max_length",
         )
-    if held and not valid.trained:
+    if held_rows and not valid.trained:
         raise UserError(
             "the validation rows leave no token to score", "raise train.max_length or name another data.valid"
         )
-    return Prepared(read.format, read.why, train, valid, bool(held) and not settings.valid)
+    return Prepared(
+        read.format,
+        read.why,
+        train,
+        valid,
+        bool(held_rows) and not settings.valid,
+        container,
+        tuple(bad),
+        chosen.name,
+        chosen.why,
+        renderer.trimmed,
+        chosen.tokenizer,
+    )
 
 
-def _read(file: str, recipe: Recipe, tokenizer: Tokenizer, first: int | None) -> Read:
-    return read_conversations(read_rows(expand(file), first), recipe.data, tokenizer.has_chat_template)
+_Row = tuple[Conversation, Layout | None]
+_LOOK = "burnish data RECIPE data.on_bad_row=skip   shows the rows that can be"
 
 
-def _hold_out(
-    rows: Sequence[Conversation], share: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
+def _read(file: str, recipe: Recipe, tokenizer: Tokenizer, first: int | None) -> tuple[str, Read, list[Bad]]:
+    settings = recipe.data
+    names = {*settings.columns.values(), *fields(settings.prompt or ""), *fields(settings.completion or "")}
+    found = read_rows(file if is_hub_id(file) else expand(file), first, names)
+    if not found.rows:
+        raise _unusable(list(found.bad), len(found.bad), found.container, "correct or remove those lines")
+    read = read_conversations(found.rows, settings, tokenizer.has_chat_template)
+    return found.container, read, [*found.bad, *read.bad]
+
+
+def _check_bad(bad: Sequence[Bad], rows: int, read: Read, chosen: Chosen, recipe: Recipe) -> None:
+    """Bad rows end the run unless the recipe says to leave them out."""
+    if not bad or recipe.data.on_bad_row == "skip":
+        return
+    hint = "correct or remove those rows, or leave them out with data.on_bad_row=skip"
+    if chosen.failed:
+        hint += "; data.prompt and data.completion templates need no chat template"
+    raise _unusable(bad, rows, read.why, hint)
+
+
+def _unusable(bad: Sequence[Bad], rows: int, how: str, hint: str) -> UserError:
+    file = bad[0].at.rpartition(":")[0]
+    told = f"{len(bad)} of {rows} rows cannot be used" if rows > 1 else "its row cannot be used"
+    return all_problems(f"{file}: {told} ({how}):", [f"{b.at}: {b.why}" for b in bad], hint)
+
+
+def _hold_out(rows: Sequence[_Row], share: float, seed: int) -> tuple[list[_Row], list[_Row]]:
     n = min(len(rows) - 1, max(1, round(share * len(rows))))
     if n < 1:
         raise UserError(
@@ -108,15 +172,24 @@ def _hold_out(
     )
 
 
-def _render(conversations: Sequence[Conversation], renderer: Renderer, recipe: Recipe) -> Part:
+def _render(rows: Sequence[_Row], renderer: Renderer, recipe: Recipe) -> Part:
     limit, policy = recipe.train.max_length, recipe.data.too_long
     examples: list[Example] = []
     kept: list[Conversation] = []
-    dropped = truncated = 0
+    dropped = truncated = untrained = 0
     too_long: list[str] = []
-    for conversation in conversations:
-        example = renderer.example(conversation)
+    for conversation, layout in rows:
+        try:
+            example = renderer.example(conversation, layout)
+        except Unproven as e:  # the template is proven by now: it is the tokenizer that loses something
+            raise UserError(
+                f"{conversation.at}: this tokenizer does not give the text back: {e}",
+                "use the tokenizer that came with the model, or remove the row",
+            ) from e
         n = len(example.tokens)
+        if not example.trained:
+            dropped, untrained = dropped + 1, untrained + 1
+            continue
         if n > limit:
             if policy == "error":
                 too_long.append(
@@ -128,18 +201,15 @@ def _render(conversations: Sequence[Conversation], renderer: Renderer, recipe: R
                 dropped += 1
                 continue
             truncated += 1
-        if example.trained:
-            examples.append(example)
-            kept.append(conversation)
-        else:
-            dropped += 1
+        examples.append(example)
+        kept.append(conversation)
     if too_long:
         raise all_problems(
-            f"{len(too_long)} of {len(conversations)} rows are longer than train.max_length={limit} tokens:",
+            f"{len(too_long)} of {len(rows)} rows are longer than train.max_length={limit} tokens:",
             too_long,
             "raise train.max_length, or choose data.too_long=drop or data.too_long=truncate",
         )
-    return Part(tuple(examples), tuple(kept), dropped, truncated)
+    return Part(tuple(examples), tuple(kept), dropped, truncated, untrained)
 
 
 def _prompt_tokens(example: Example) -> int:

@@ -6,8 +6,11 @@ tok.encode("Hello")            # no special tokens are added unless asked for
 
 from __future__ import annotations
 
+import datetime
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -18,18 +21,38 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
+# Some templates write today's date. A run must give the same tokens on any day and machine, so it is always
+# this one: the day that Llama 3's own template falls back to.
+_DAY = datetime.date(2024, 7, 26)
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+
+
+class _Encoding(Protocol):
+    ids: list[int]
+
+
+class _Backend(Protocol):  # the few names of the tokenizers library that are used here
+    def encode(self, sequence: str, *, add_special_tokens: bool) -> _Encoding: ...
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+    def get_added_tokens_decoder(self) -> Mapping[int, Any]: ...
+    def to_str(self) -> str: ...
+
+
 class _Tokenizer(Protocol):  # the few names of transformers' class that are used here
-    chat_template: str | None
+    chat_template: str | dict[str, str] | None
     eos_token_id: int | None
     eos_token: str | None
     bos_token: str | None
     bos_token_id: int | None
     all_special_ids: list[int]
+    backend_tokenizer: _Backend
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
     def save_pretrained(self, save_directory: str) -> Any: ...
+
+
+class Refused(Exception):
+    """A chat template's own words on why it does not take a conversation."""
 
 
 class Tokenizer:
@@ -39,13 +62,21 @@ class Tokenizer:
 
     def __init__(self, inner: _Tokenizer, eos_ids: Sequence[int], adds_bos: bool) -> None:
         self._inner = inner
+        self._backend = inner.backend_tokenizer
         own = () if inner.eos_token_id is None else (inner.eos_token_id,)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*own, *eos_ids]))
         self.adds_bos = adds_bos
+        self._dated = _TODAY.sub(lambda m: json.dumps(_DAY.strftime(m[2])), self.template)
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._inner.chat_template)
+        return bool(self.template)
+
+    @property
+    def template(self) -> str:
+        """The chat template (Jinja); empty where there is none."""
+        found = self._inner.chat_template
+        return (found.get("default", "") if isinstance(found, dict) else found) or ""
 
     @property
     def eos_id(self) -> int | None:
@@ -55,29 +86,70 @@ class Tokenizer:
     def bos_id(self) -> int | None:
         return self._inner.bos_token_id if self.adds_bos else None
 
+    @property
+    def added(self) -> dict[str, int]:
+        """Tokens that are matched as a whole before any text is cut: special ones, and such as `<think>`."""
+        return {t.content: i for i, t in self._backend.get_added_tokens_decoder().items()}
+
+    @property
+    def special(self) -> dict[str, int]:
+        """Those of `added` that no ordinary text is meant to contain."""
+        ids = {*self._inner.all_special_ids, *self.stop_ids}
+        found = self._backend.get_added_tokens_decoder().items()
+        return {t.content: i for i, t in found if t.special or i in ids}
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone; special tokens written out in it are recognised (templates contain them)."""
-        return list(self._inner.encode(text, add_special_tokens=False)) if text else []
+        return list(self._backend.encode(text, add_special_tokens=False).ids) if text else []
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
-        return self._inner.decode(list(ids), skip_special_tokens=not keep_special)
+        return self._backend.decode(list(ids), skip_special_tokens=not keep_special)
 
-    def chat(self, messages: Sequence[dict[str, str]], ask: bool) -> str:
+    def without(self, tokens: Collection[str]) -> Tokenizer:
+        """The same, but for these added tokens, which it takes for ordinary text. It can only encode."""
+        from tokenizers import Tokenizer as Backend
+
+        state = json.loads(self._backend.to_str())
+        state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in tokens]
+        state["post_processor"] = None  # it names special tokens
+        blind = copy(self)
+        blind._backend = cast(_Backend, Backend.from_str(json.dumps(state)))
+        return blind
+
+    def with_template(self, template: str) -> Tokenizer:
+        """The same with another chat template; `save` then writes that one."""
+        other = copy(self)
+        other._inner = copy(self._inner)
+        other._inner.chat_template = template
+        other._dated = _TODAY.sub(lambda m: json.dumps(_DAY.strftime(m[2])), template)
+        return other
+
+    def with_stop(self, token: int) -> Tokenizer:
+        """The same, and this token ends an answer too."""
+        if token in self.stop_ids:
+            return self
+        other = copy(self)
+        other.stop_ids = (*self.stop_ids, token)
+        return other
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], ask: bool, tools: Sequence[Any] = ()) -> str:
         """The template's text for these messages; `ask` appends what opens an assistant's answer.
 
-        Raises UserError with the template's own words where it refuses the conversation (roles out of order,
-        …).
+        Raises Refused where the template does not take the conversation (roles out of order, …).
         """
         from jinja2 import TemplateError
 
         try:
-            text = self._inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
-        except TemplateError as e:
-            roles = ", ".join(m["role"] for m in messages)
-            raise UserError(
-                f"the model's chat template refuses this conversation ({roles}): {e}",
-                "set data.chat_template=never, or give the rows in the order that the template wants",
-            ) from e
+            text = self._inner.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=ask,
+                chat_template=self._dated,
+            )
+        # A template is a program: what it does with a message that it does not expect may raise anything.
+        except (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as e:
+            raise Refused(str(e) or type(e).__name__) from e
         return cast(str, text)
 
     def save(self, folder: Path) -> None:
@@ -91,8 +163,11 @@ class Tokenizer:
             raise OSError(int(number[1]), str(e)) from e
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer of a model folder. Raises UserError where there is none, or it cannot be read."""
+def load_tokenizer(folder: Path, trust_remote_code: bool = False, model: Path | None = None) -> Tokenizer:
+    """The tokenizer of a folder. model: where the model is, if not there too: it says what ends an answer.
+
+    Raises UserError where there is none, or it cannot be read.
+    """
     if not any((folder / name).is_file() for name in _FILES):
         raise UserError(
             f"{folder} has no tokenizer; expected one of {', '.join(_FILES)}",
@@ -116,4 +191,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
         )
     with_special = inner.encode("a", add_special_tokens=True)
     adds_bos = inner.bos_token_id is not None and with_special[:1] == [inner.bos_token_id]
-    return Tokenizer(cast(_Tokenizer, inner), read_spec(folder).eos_ids, adds_bos)
+    if not hasattr(inner, "backend_tokenizer"):
+        raise UserError(
+            f"the tokenizer in {folder} has no tokenizer.json form; burnish reads only such",
+            "look for a newer upload of the model with a tokenizer.json",
+        )
+    return Tokenizer(cast(_Tokenizer, inner), read_spec(model or folder).eos_ids, adds_bos)

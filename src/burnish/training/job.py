@@ -22,6 +22,7 @@ from burnish.backends.base import Learner
 from burnish.data.formats import question, takes_chat
 from burnish.data.prepare import Prepared, prepare
 from burnish.data.render import Renderer
+from burnish.data.training_template import NO_TEMPLATE, OWN
 from burnish.errors import EXIT_WILL_NOT_FIT, UserError, all_problems
 from burnish.evaluation.score import run_task
 from burnish.inference.generate import answer, check_window, sampling
@@ -45,7 +46,7 @@ from burnish.runs.folder import ADAPTER, BEST, RunFolder, State
 from burnish.training.trackers import check_trackers, open_trackers
 from burnish.training.train import train
 
-PINNED = ("micro_batch", "keep_layers", "loss_slice", "length_multiple")
+PINNED = ("micro_batch", "keep_layers", "loss_slice", "pack", "row_length", "lengths")
 SAME = ("backend", "device", "weights", "compute", "quantize")
 
 
@@ -63,8 +64,8 @@ def gather(recipe: Recipe, near: Path) -> Material:
     """Read model, data and machine, and plan. Raises UserError for whatever is wrong with any of them."""
     spec = spec_of(recipe)
     plan = make_plan(recipe, spec, probe(near))  # refuses an impossible recipe before the data is read
-    tokenizer = load_tokenizer(spec.folder, recipe.trust_remote_code)
-    prepared = prepare(recipe, tokenizer)
+    prepared = prepare(recipe, load_tokenizer(spec.folder, recipe.trust_remote_code))
+    tokenizer = prepared.tokenizer  # with the template that the data is proven under
     _check_vocabulary(prepared, spec)
     wishes = {"train.early_stop": recipe.train.early_stop, "evaluate.task": recipe.evaluate.task}
     for key, wish in wishes.items():
@@ -82,8 +83,9 @@ def _questions(
 ) -> tuple[tuple[str, list[int]], ...]:
     renderer, found = Renderer(tokenizer, recipe.data.loss_on), []
     chat = takes_chat(recipe.data, tokenizer.has_chat_template)
+    data = recipe.data.model_copy(update={"system": prepared.system})
     for asked in recipe.ask:
-        prompt = renderer.prompt(question(asked, recipe.data, prepared.format, chat))
+        prompt = renderer.prompt(question(asked, data, prepared.format, chat))
         check_window(prompt, positions, "ask: a question")
         found.append((asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False), prompt))
     return tuple(found)
@@ -133,7 +135,7 @@ def _events(
         prepared.train.truncated,
         state.step,
     )
-    yield from map(Noted, notes)
+    yield from map(Noted, [*_data_notes(prepared), *notes])
     learner = backends.open(plan)
     try:
         if folder is not None:
@@ -159,6 +161,17 @@ def _events(
         yield Finished(step, str(adapter), from_step, time.monotonic() - began, plan.total_bytes, peak)
     finally:
         learner.close()
+
+
+def _data_notes(prepared: Prepared) -> Iterator[str]:
+    """What a person should know of the data before it is trained."""
+    if prepared.template not in (OWN, NO_TEMPLATE):
+        yield f"chat template: {prepared.template}, stored with the adapter, for {prepared.template_why}"
+    if prepared.bad:
+        first = prepared.bad[0]
+        yield f"{len(prepared.bad)} rows left out that cannot be used, such as {first.at}: {first.why}"
+    if prepared.trimmed:
+        yield f"the chat template removes the outer white space of {prepared.trimmed} texts"
 
 
 def _where(run: RunFolder, resume: bool, fingerprint: str) -> tuple[Path | None, State, list[str]]:
@@ -207,7 +220,14 @@ def _write_adapter(folder: Path, learner: Learner, material: Material) -> None:
     (folder / "optimizer.safetensors").unlink()
     material.tokenizer.save(folder)
     (folder / "recipe.yaml").write_text(dump(material.plan.recipe), encoding="utf-8")
-    prompt = {"format": material.prepared.format, "why": material.prepared.why}
+    prepared = material.prepared
+    prompt = {
+        "format": prepared.format,
+        "why": prepared.why,
+        "system": prepared.system,
+        "template": prepared.template,
+        "template_why": prepared.template_why,
+    }
     (folder / "burnish.json").write_text(
         json.dumps(prompt, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
@@ -227,6 +247,12 @@ def _pinned(plan: Plan, run: RunFolder) -> Plan:
     if began is None:
         return plan
     choices = began["choices"]
+    missing = [name for name in (*PINNED, *SAME) if name not in choices]
+    if missing:
+        raise UserError(
+            f"{run.path} was begun by another version of burnish: its plan.json has no {', '.join(missing)}",
+            "resume it with that version, or begin a new run with --out DIR",
+        )
     moved = [
         f"{name}: {choices[name]['value']} → {getattr(plan, name).value}"
         for name in SAME
@@ -236,7 +262,9 @@ def _pinned(plan: Plan, run: RunFolder) -> Plan:
         raise all_problems(
             f"{run.path} was begun elsewhere:", moved, "resume it on the same machine and versions"
         )
-    kept = {name: Choice(choices[name]["value"], "as the run began") for name in PINNED}
+    values = {name: choices[name]["value"] for name in PINNED}
+    values["lengths"] = tuple(values["lengths"])  # JSON knows no tuples
+    kept = {name: Choice(value, "as the run began") for name, value in values.items()}
     return replace(plan, **kept)
 
 
