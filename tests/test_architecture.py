@@ -46,6 +46,7 @@ ROOMS_OF = {
     "safetensors": ("models", "backends", "runs", "export"),
     "numpy": ("models", "data", "backends", "runs", "inference", "evaluation", "training", "export"),
     "pyarrow": ("data",),
+    "modelscope": ("data",),
     "datasets": ("data",),
     "tensorboard": ("training.trackers",),
     "wandb": ("training.trackers",),

@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from burnish.data.prepare import prepare
+from burnish.errors import UserError
 from burnish.machine.probe import Gpu
 from burnish.models.spec import read_spec
 from burnish.models.tokenizer import load_tokenizer
@@ -36,7 +37,7 @@ def recipe_of(world: World, overrides: tuple[str, ...]) -> Recipe:
 
 def planned(world: World, overrides: tuple[str, ...], machine: Any = MACHINE) -> Any:
     recipe = recipe_of(world, overrides)
-    plan = make_plan(recipe, read_spec(expand(recipe.model)), machine, DataStats(20, 30, 600, 200))
+    plan = make_plan(recipe, read_spec(expand(recipe.model)), machine, DataStats(20, 30, 600, 200, (30,) * 20))
     return {name: choice.value for name, choice in plan.choices().items()}, plan.total_bytes
 
 
@@ -46,7 +47,10 @@ def planned_with_a_gpu(world: World, overrides: tuple[str, ...]) -> Any:
 
 def prepared(world: World, overrides: tuple[str, ...]) -> Any:
     recipe = recipe_of(world, overrides)
-    found = prepare(recipe, load_tokenizer(expand(recipe.model)))
+    try:
+        found = prepare(recipe, load_tokenizer(expand(recipe.model)))
+    except UserError:
+        return "refused"
     return [
         [(e.tokens.tolist(), e.weights.tolist()) for e in part.examples]
         for part in (found.train, found.valid)
@@ -148,12 +152,15 @@ CASES = {
     "data.valid": Case(prepared, "other.jsonl"),
     "data.valid_share": Case(prepared, "0.25"),
     "data.rows": Case(prepared, "3"),
+    "data.columns": Case(prepared, "{prompt: completion, completion: prompt}"),
     "data.prompt": Case(prepared, "Question: {prompt}", TEMPLATES),
     "data.completion": Case(prepared, "{completion}!", TEMPLATES),
     "data.system": Case(prepared, "Be brief.", ("train.max_length=128",)),
     "data.answer_after": Case(prepared, "A:", ("data.train=text.jsonl",)),
     "data.chat_template": Case(prepared, "never"),
     "data.loss_on": Case(prepared, "all"),
+    "data.thinking": Case(prepared, "drop", ("data.train=thought.jsonl",)),
+    "data.on_bad_row": Case(prepared, "skip", ("data.train=bad.jsonl",)),
     "data.too_long": Case(prepared, "truncate", ("train.max_length=24", "data.too_long=drop")),
     "lora.rank": Case(adapted, "3"),
     "lora.alpha": Case(trained, "32"),
@@ -166,6 +173,7 @@ CASES = {
     "train.max_steps": Case(planned, "3"),
     "train.batch_size": Case(trained, "3"),
     "train.micro_batch": Case(planned, "1"),
+    "train.pack": Case(planned, "true"),
     "train.keep_layers": Case(planned, "2"),
     "train.lr": Case(trained, "0.02"),
     "train.schedule": Case(trained, "cosine"),
@@ -224,6 +232,9 @@ def make(tmp_path: Path, tiny_folder: Path, another: Path) -> Callable[[str], Wo
         world.rows([{"text": f"Q: question {i} A: answer {i}"} for i in range(4)], "text.jsonl")
         world.rows([{"prompt": "question 40", "completion": "answer 4"}], "other.jsonl")
         world.rows([{"prompt": f"question {i}", "completion": "the answer"} for i in range(8)], "same.jsonl")
+        thought = {"prompt": "question 1", "completion": "<think>so</think>\nanswer 1"}
+        world.rows([thought], "thought.jsonl")
+        world.rows([{"prompt": "question 1", "completion": "answer 1"}, {"prompt": "question 2"}], "bad.jsonl")
         (root / "another").symlink_to(another)
         world.rows(
             [

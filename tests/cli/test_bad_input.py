@@ -134,7 +134,7 @@ def data_of_no_user(w: World) -> list[str]:
     return [*TRAIN, "data.train=~nobody-of-that-name/d.jsonl"]
 
 
-@bad("is a folder; expected a JSON or JSON Lines file", "→ name the file inside it")
+@bad("is a folder; expected a file of rows", "→ name the file inside it")
 def data_a_folder(w: World) -> list[str]:
     (w.root / "rows").mkdir()
     return [*TRAIN, "data.train=rows"]
@@ -145,19 +145,19 @@ def data_inside_a_file(w: World) -> list[str]:
     return [*TRAIN, "data.train=data.jsonl/inner.jsonl"]
 
 
-@bad("data.jsonl is empty", "→ expected a JSON array of objects, or one JSON object a line")
+@bad("data.jsonl is empty", "→ expected rows as JSON, JSON Lines, CSV")
 def data_empty(w: World) -> list[str]:
     w.write("data.jsonl", " \n\n")
     return TRAIN
 
 
-@bad("data.jsonl holds no rows", "→ expected a JSON array")
+@bad("data.jsonl holds no rows (it was read as JSON array)", "→ expected rows as JSON")
 def data_empty_array(w: World) -> list[str]:
     w.write("data.jsonl", "[]\n")
     return TRAIN
 
 
-@bad("1 bad row:", "data.jsonl:3: not JSON: Expecting ',' delimiter at column", "→ correct or remove")
+@bad("1 of 4 rows cannot be used", "data.jsonl:3: not JSON: Expecting ',' delimiter", "→ correct or remove")
 def data_broken_line(w: World) -> list[str]:
     good = json.dumps(PAIRS[0])
     w.write("data.jsonl", f'{good}\n{good}\n{{"prompt": "a" "completion": "b"}}\n{good}\n')
@@ -176,7 +176,7 @@ def data_array_cut_off(w: World) -> list[str]:
     return TRAIN
 
 
-@bad("data.jsonl:2: not JSON: expected nothing after the closing ']', got '['", "→")
+@bad("2 of 2 rows cannot be used", "data.jsonl:1: expected an object {…}, got an array", "→")
 def data_two_arrays(w: World) -> list[str]:
     array = '[{"prompt": "a", "completion": "b"}]'
     w.write("data.jsonl", f"{array}\n{array}\n")
@@ -184,7 +184,7 @@ def data_two_arrays(w: World) -> list[str]:
 
 
 @bad(
-    "2 bad rows:", "data.jsonl:1: expected an object {…}, got a string",
+    "2 of 3 rows cannot be used", "data.jsonl:1: expected an object {…}, got a string",
     "data.jsonl:3: expected an object {…}, got an array", "→ correct or remove",
 )  # fmt: skip
 def data_rows_no_objects(w: World) -> list[str]:
@@ -222,11 +222,11 @@ def data_in_gbk(w: World) -> list[str]:
 
 
 @bad(
-    "the columns are Question, Answer; expected `messages`, `prompt` and `completion`, or `text`",
-    "→ or say in the recipe how to read them, such as data.prompt='Q: {Question}' data.completion='{Answer}'",
+    "the columns are Frage, Antwort; expected `messages`, `prompt` and `completion`, or `text`",
+    "→ or say in the recipe how to read them, such as data.prompt='Q: {Frage}' data.completion='{Antwort}'",
 )
 def rows_wrong_columns(w: World) -> list[str]:
-    w.rows([{"Question": "a", "Answer": "b"}] * 3)
+    w.rows([{"Frage": "a", "Antwort": "b"}] * 3)
     return TRAIN
 
 
@@ -311,7 +311,7 @@ def rows_too_long(w: World) -> list[str]:
     return TRAIN
 
 
-@bad("none of its 12 rows leaves a token to train (12 were longer than train.max_length=8)", "→ burnish data")
+@bad("none of its 12 rows leaves a token to train (12 longer than train.max_length=8)", "→ burnish data")
 def rows_all_dropped(w: World) -> list[str]:
     return [*TRAIN, "data.too_long=drop", "train.max_length=8"]
 
@@ -397,7 +397,7 @@ def model_tokenizer_cut_off(w: World) -> list[str]:
     return TRAIN
 
 
-@bad("the model's chat template refuses this conversation (user): no questions, please", "→")
+@bad("data.jsonl:1: the chat template refuses it: no questions, please", "→")
 def model_template_that_refuses(w: World) -> list[str]:
     (w.copied_model() / "chat_template.jinja").write_text("{{ raise_exception('no questions, please') }}")
     return TRAIN

@@ -256,7 +256,7 @@ def test_plan_gives_choices_reasons_and_the_sum_of_its_parts(world: World):
     assert summary["choices"]["length"]["value"] < 64, "the data was read"
     text = world.burnish("plan", "recipe.yaml").out
     for name, choice in summary["choices"].items():
-        if name not in ("budget", "targets", "layers"):
+        if name not in ("budget", "targets", "layers", "lengths"):
             assert re.search(rf"^{name.replace('_', ' ')} +{re.escape(str(choice['value']))} ", text, re.M), (
                 name
             )

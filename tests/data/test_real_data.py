@@ -44,7 +44,7 @@ def test_every_row_trains_its_answer_and_only_that(
     file: str, settings: Data, format: str, count: int
 ) -> None:
     tokenizer = load_tokenizer(MODEL)
-    rows = read_rows(DATA / file)
+    rows = read_rows(DATA / file).rows
     read = read_conversations(rows, settings, tokenizer.has_chat_template)
     assert (read.format, len(read.conversations)) == (format, count)
     renderer = Renderer(tokenizer, "assistant")

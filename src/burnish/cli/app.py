@@ -74,13 +74,18 @@ def generate(
 def data(
     recipe: RecipeName,
     overrides: Overrides = None,
-    show: Annotated[int, typer.Option(help="print N examples, with what is trained marked")] = 0,
+    show: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="print N examples, with what is trained marked")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write a page, with N examples (20 where left out)")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """What the data holds: its format, its lengths, what is trained and what is not."""
+    """What the data holds: its format, its lengths, what is trained, and what to look at before training."""
     from burnish.cli.data import data_command
 
-    data_command(recipe, overrides or [], show, json)
+    data_command(recipe, overrides or [], show, json, html)
 
 
 @app.command()

@@ -64,6 +64,8 @@ def choices_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _span(values: Sequence[Any]) -> str:
+    if not values:
+        return "none"
     first = values[0] if values else None
     if len(values) > 2 and isinstance(first, int) and list(values) == list(range(first, first + len(values))):
         return f"{values[0]}–{values[-1]}"
@@ -100,6 +102,70 @@ def trained_text(pieces: Sequence[tuple[str, bool]]) -> Text:
     for piece, trained in pieces:
         text.append(f"⟦{piece}⟧" if plain and trained else piece, style="bold green" if trained else "dim")
     return text
+
+
+def data_text(told: Mapping[str, Any], show: int) -> Text:
+    """What `burnish data` found: the verdict first, then how, how much, warnings, and `show` examples."""
+    text = Text()
+
+    def say(line: str, style: str = "") -> None:
+        text.append(f"{line}\n", style=style)
+
+    say(told["verdict"], "bold yellow" if told["warnings"] else "bold green")
+    say(f"format: {told['format']} ({told['why']}), {told['container']}")
+    why = f" ({told['template_why']})" if told["template_why"] else ""
+    say(f"template: {told['template']}{why}")
+    if told["trimmed"]:
+        say(f"  outer white space of {told['trimmed']:,} texts is removed by it")
+    for title, part in (("training", told["train"]), ("validation", told["valid"])):
+        if part["rows"] or part["dropped"]:
+            for line in _part_lines(title, part, told["max_length"]):
+                say(line)
+        if title == "training":
+            say(_histogram(part["histogram"]))
+    if told["held_out"]:
+        say("  (taken from the training rows: data.valid_share)")
+    padding = told["padding"]
+    say(
+        f"padding: {100 * padding['unpacked']:.1f} % of positions with one example a row, "
+        f"{100 * padding['packed']:.1f} % packed into rows of {padding['row_length']:,} (train.pack)"
+    )
+    for warning in told["warnings"]:
+        say(f"warning: {warning['message']}", "yellow")
+        for place in warning["places"]:
+            say(f"  {place}")
+        say(f"  → {warning['hint']}", "dim")
+    for number, (pieces, at) in enumerate(zip(told["examples"], told["example_places"], strict=True), 1):
+        if number <= show:
+            say(f"\n--- example {number}, {at} ---")
+            text.append(trained_text([(p["text"], p["trained"]) for p in pieces])).append("\n")
+    text.right_crop(1)
+    return text
+
+
+def _histogram(bins: Sequence[Mapping[str, int]]) -> str:
+    most, wide = max(b["rows"] for b in bins), len(f"{bins[-1]['to']:,}")
+    return "\n".join(  # bars are rounded up: a single row is seen too
+        f"  {b['from']:>{wide},}–{b['to']:<{wide},} {b['rows']:>7,} {'█' * -(-32 * b['rows'] // most)}"
+        for b in bins
+    )
+
+
+def _part_lines(title: str, part: Mapping[str, Any], max_length: int) -> list[str]:
+    lines = [
+        f"{title}: {part['rows']:,} rows, {part['tokens']:,} tokens, {part['trained']:,} trained "
+        f"({part['trained_percent']:.1f} %)",
+        f"  tokens a row: shortest {part['shortest']}, median {part['median']}, 95 % below {part['p95']}, "
+        f"longest {part['longest']} (train.max_length {max_length})",
+    ]
+    if part["reasoning"] or part["tool_calls"]:
+        lines.append(
+            f"  {part['answers']:,} answers, {part['reasoning']:,} with reasoning, "
+            f"{part['tool_calls']:,} tool calls"
+        )
+    if part["dropped"] or part["truncated"]:
+        lines.append(f"  {part['dropped']:,} rows left out, {part['truncated']:,} cut")
+    return lines
 
 
 class TrainView:
@@ -166,7 +232,9 @@ class TrainView:
             f"  {values['backend']} on {values['device']}, weights {values['weights']}"
             f"{'' if values['quantize'] == 'none' else ' ' + values['quantize']}; "
             f"computing in {values['compute']}; "
-            f"micro-batch {values['micro_batch']}; activations kept for {keep} layers, adapters in {layers}"
+            f"micro-batch {values['micro_batch']}"
+            f"{' packed rows of ' + str(values['row_length']) if values['pack'] else ''}; "
+            f"activations kept for {keep} layers, adapters in {layers}"
         )
         self._line(f"  {verdict(e.summary)}")
         if e.resumed_at:
