@@ -2,14 +2,16 @@
 
     python bench/packing.py --model .cache/SmolLM2-135M-Instruct [--data ../shared/data] [--steps 8]
     python bench/packing.py --micro-batch 2     # as where memory is short
+    python bench/packing.py --padded            # as on a device that computes padding (MPS)
 
 Each turn is a process of its own: unpacked, packed, packed, unpacked, … so that neither side has the quieter
 half. The recipe is mistral-7b-wikisql's, with the adapter, the schedule and the 8 examples a step of
 wikisql_cpu.py; more overrides with --set.
 A token counts once if it is no padding; time is from the end of step 2 to the end of the last one. Padding is
 counted over the first epoch (burnish.data.packing.padding_shares), whether or not this device computes it:
-on a CPU the engine drops it, so there the ratio says what packing costs or saves beside that, not what it
-saves where padding is computed. Peaks include the framework. A JSON line each, then `packed / unpacked`.
+on a CPU the engine drops it, so there the ratio says what packing costs or saves beside that. With --padded
+the plan and the engine are told that this CPU pads as MPS does: unpacked rows to one of a few lengths, packed
+rows under one mask. Peaks include the framework. A JSON line each, then `packed / unpacked`.
 """
 
 from __future__ import annotations
@@ -56,6 +58,12 @@ def turn(a: argparse.Namespace, pack: bool, out: Path) -> Turn:
     from burnish.training.job import gather, run_job
 
     prepare_environment()
+    if a.padded:
+        import burnish.backends.torch.learner as learner
+        import burnish.planning.layout as layout
+
+        layout.PADDED = ("cpu", *layout.PADDED)
+        learner.keeps_padding = lambda device: True
     file = Path(a.data).expanduser().absolute() / "wikisql" / "train.jsonl"
     overrides = [f"model={a.model}", f"data.train={file}", "data.valid=", "evaluate.task=none", "ask=[]"]
     overrides += ["device=cpu", "dtype=float32", f"train.max_steps={a.steps}", *LIKE_WIKISQL_CPU]
@@ -94,6 +102,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps a turn, 3 or more")
     parser.add_argument("--rounds", type=int, default=2, help="pairs of turns")
     parser.add_argument("--micro-batch", default="auto", help="rows a forward pass, of both sides")
+    parser.add_argument("--padded", action="store_true", help="pad as MPS does, and compute it")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe overrides")
     a = parser.parse_args()
     if a.steps <= WARM:

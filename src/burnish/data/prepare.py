@@ -103,7 +103,10 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer) -> Prepared:
     if not settings.valid and settings.valid_share:
         rows, held_rows = _hold_out(rows, settings.valid_share, recipe.train.seed)
     renderer = Renderer(chosen.tokenizer, settings.loss_on)
-    train, valid = _render(rows, renderer, recipe), _render(held_rows, renderer, recipe)
+    (train, lost), (valid, more_lost) = (_render(r, renderer, recipe) for r in (rows, held_rows))
+    if lost or more_lost:
+        bad += [*lost, *more_lost]
+        _check_bad(bad, len(every), read, chosen, recipe)
     if not train.trained:
         raise UserError(
             f"{settings.train}: none of its {len(read.conversations)} rows leaves a token to train "
@@ -172,20 +175,20 @@ def _hold_out(rows: Sequence[_Row], share: float, seed: int) -> tuple[list[_Row]
     )
 
 
-def _render(rows: Sequence[_Row], renderer: Renderer, recipe: Recipe) -> Part:
+def _render(rows: Sequence[_Row], renderer: Renderer, recipe: Recipe) -> tuple[Part, list[Bad]]:
+    """The rows as examples, and those whose text this tokenizer does not give back."""
     limit, policy = recipe.train.max_length, recipe.data.too_long
     examples: list[Example] = []
     kept: list[Conversation] = []
     dropped = truncated = untrained = 0
     too_long: list[str] = []
+    lost: list[Bad] = []
     for conversation, layout in rows:
         try:
             example = renderer.example(conversation, layout)
         except Unproven as e:  # the template is proven by now: it is the tokenizer that loses something
-            raise UserError(
-                f"{conversation.at}: this tokenizer does not give the text back: {e}",
-                "use the tokenizer that came with the model, or remove the row",
-            ) from e
+            lost.append(Bad(conversation.at, str(e)))
+            continue
         n = len(example.tokens)
         if not example.trained:
             dropped, untrained = dropped + 1, untrained + 1
@@ -209,7 +212,7 @@ def _render(rows: Sequence[_Row], renderer: Renderer, recipe: Recipe) -> Part:
             too_long,
             "raise train.max_length, or choose data.too_long=drop or data.too_long=truncate",
         )
-    return Part(tuple(examples), tuple(kept), dropped, truncated, untrained)
+    return Part(tuple(examples), tuple(kept), dropped, truncated, untrained), lost
 
 
 def _prompt_tokens(example: Example) -> int:

@@ -54,7 +54,7 @@ def prove(
         text = tokenizer.decode(ids[start:end], True)
         there = whole[answer.start + shift : answer.end + shift]
         _same(there, text, f"turn {answer.turn + 1}: what is trained stands elsewhere")
-        _answer(turn, answer.turn, text.removeprefix(answer.header), closing)
+        _answer(turn, answer.turn, text.removeprefix(answer.header), closing, conversation.markup)
     before = whole[: trained[0].start + shift] if trained else whole
     for i, turn in enumerate(turns[: trained[0].turn if trained else len(turns)]):
         if turn.role in ("system", "user") and turn.content.strip() not in before:
@@ -64,9 +64,10 @@ def prove(
         raise Unproven(f"the sequence begins twice, with {tokenizer.decode(ids[:1], True)}")
 
 
-def _answer(turn: Turn, number: int, text: str, closing: str) -> None:
-    """What was trained of one turn is that turn's, and its end."""
-    inner = text.removesuffix(closing)
+def _answer(turn: Turn, number: int, text: str, closing: str, markup: bool) -> None:
+    """What was trained of one turn is that turn's, and its end; marked-up text may bring its own end."""
+    own = markup and turn.content.endswith(closing)
+    inner = text if own else text.removesuffix(closing)
     parts = [t.strip() for t in (turn.reasoning, turn.content) if t.strip()]
     if not (turn.reasoning or turn.calls):
         _same(turn.content.strip(), inner.strip(), f"turn {number + 1}: what is trained is not the answer")

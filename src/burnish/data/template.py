@@ -183,11 +183,14 @@ class ChatTemplate:
             n, at = len(before.slots), len(before.texts[-1])
             header = self._header(turn, frame, n, at)
             m = max((k + 1 for k, s in enumerate(frame.slots) if s[0] == i), default=n)
-            end, tail = self._close(turn, i == len(turns) - 1, frame.texts[m], at if m == n else 0)
+            if any(s[0] != i for s in frame.slots[n:m]):
+                raise Unproven(f"the template writes another turn's text into the answer of turn {i + 1}")
+            begin = at if m == n else 0
+            end, tail = self._close(turn, i == len(turns) - 1, frame.texts[m], begin)
+            self._check_calls(turn, frame.texts[m][begin:end])
             answers.append(Answer(i, starts[n] + at, starts[m] + end + len(tail), header))
-            self._check_calls(turn, (frame.filled(values) + tail)[answers[-1].start : answers[-1].end])
-        pieces = [*_pieces(frame, values, turns), Piece(tail, "template")]
-        return Layout(_cut(pieces, answers[-1].end), tuple(answers), trimmed)
+        pieces = _cut(list(_pieces(frame, values, turns)), answers[-1].end - len(tail))
+        return Layout((*pieces, Piece(tail, "template")), tuple(answers), trimmed)
 
     def _asked(self, conversation: Conversation, way: _Way) -> Layout:
         frame = self._frame(conversation.turns, conversation.tools, True, way)
@@ -262,11 +265,14 @@ class ChatTemplate:
             return at + len(rest) if turn.calls else at, self.end
         raise Unproven(f"no token ends the answer: it is followed by {text[at : at + 40]!r}")
 
-    def _check_calls(self, turn: Turn, region: str) -> None:
+    def _check_calls(self, turn: Turn, text: str) -> None:
+        """text: what the template writes after all that the turn says, up to its end."""
         for call in turn.calls:
-            missing = [w for w in _words(call.name, json.loads(call.arguments)) if not _stands(w, region)]
+            missing = [w for w in _words(call.name, json.loads(call.arguments)) if not _stands(w, text)]
             if missing:
-                raise Unproven(f"the template leaves out {missing[0]!r:.60} of the call of {call.name}")
+                raise Unproven(
+                    f"the template does not write {missing[0]!r:.60} of the call of {call.name} after the text"
+                )
 
     def _check_tools(self, conversation: Conversation, way: _Way) -> None:
         texts = [*conversation.tools, *(c.arguments for t in conversation.turns for c in t.calls)]

@@ -59,7 +59,7 @@ def find_alpaca(file: File) -> Format | None:
     if shared and given:
         place = "is the system message" if file.chat else "stands before each"
         why += f"; all rows have the same `{asked}`, so it {place} and `{given}` the question"
-        why += " (to ask as trained, set data.system to it)" if file.chat else ""
+        why += ", also of questions asked later" if file.chat else ""
     elif given:
         why += f"; `{given}` follows `{asked}` on a new line, where there is one"
 
