@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from burnish.data import render
 from burnish.data.conversation import Conversation, Turn
-from burnish.data.render import Renderer, _Blind
+from burnish.data.render import Renderer
 from burnish.data.template import ChatTemplate, Layout, Unproven
 from burnish.data.training_template import choose
 from burnish.models.tokenizer import Tokenizer, load_tokenizer
@@ -258,7 +258,7 @@ BROKEN = {
     "cuts an answer": conversation_becomes(t4="So be"),
     "answers the first question with the second answer": conversation_becomes(t2="So be it."),
     "makes a control token of the data": lambda patch: patch.setattr(
-        _Blind, "needed", lambda self, text: False
+        render, "_blind", lambda text, control: [text]
     ),
     "asks with a token more": prompts_become(lambda ids: [*ids, ids[-1]]),
     "asks with a token less": prompts_become(lambda ids: ids[:-1]),

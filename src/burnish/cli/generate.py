@@ -12,7 +12,7 @@ from burnish import backends
 from burnish.cli.show import print_json
 from burnish.data.formats import question, takes_chat
 from burnish.data.render import Renderer
-from burnish.data.training_template import ending
+from burnish.data.training_template import NO_TEMPLATE, ending
 from burnish.errors import UserError
 from burnish.inference.generate import answer, check_window, sampling
 from burnish.machine.probe import probe
@@ -84,7 +84,9 @@ def _of_adapter(place: Path, overrides: list[str]) -> tuple[Recipe, Path, str]:
     if (place / "recipe.yaml").is_file():
         recipe = load(str(place / "recipe.yaml"), overrides)
         told = _read(place / "burnish.json", ("format",))
-        data = recipe.data.model_copy(update={"system": told.get("system", recipe.data.system)})
+        asked = any(o.startswith("data.system") for o in overrides)
+        system = recipe.data.system if asked else told.get("system", recipe.data.system)
+        data = recipe.data.model_copy(update={"system": system})
         return recipe.model_copy(update={"data": data}), place, told["format"]
     config = _read(
         place / "adapter_config.json", ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
@@ -111,7 +113,9 @@ def _tokenizer(adapter: Path | None, model: Path, recipe: Recipe) -> Tokenizer:
     """The adapter's own, with the template it was trained with, where the folder has one."""
     own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     place = adapter if own and adapter is not None else model
-    return ending(load_tokenizer(place, recipe.trust_remote_code, model))
+    tokenizer = load_tokenizer(place, recipe.trust_remote_code, model)
+    told = _read(place / "burnish.json", ()) if (place / "burnish.json").is_file() else {}
+    return tokenizer if told.get("template") == NO_TEMPLATE else ending(tokenizer)
 
 
 def _for_answers(model: str) -> Recipe:

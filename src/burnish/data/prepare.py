@@ -12,12 +12,12 @@ could be.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from burnish.data.batches import Example
-from burnish.data.conversation import Conversation
+from burnish.data.conversation import Conversation, Turn
 from burnish.data.formats import Read, fields, read_conversations
 from burnish.data.hub import is_hub_id
 from burnish.data.render import Renderer
@@ -66,13 +66,17 @@ class Prepared:
     template_why: str
     trimmed: int  # texts whose outer white space the template removes
     tokenizer: Tokenizer
+    asked_system: str | None = None  # data.system
+    normalized: int = 0  # conversations whose text the tokenizer brings into a normal form of Unicode
 
     @property
     def system(self) -> str | None:
-        """The system prompt that every training row begins with: questions asked later are to have it too."""
+        """The system prompt that questions asked later are to have: the one that every training row begins
+        with, or else the recipe's own.
+        """
         firsts = (c.turns[0] for c in self.train.conversations)
         found = {t.content if t.role == "system" else None for t in firsts}
-        return found.pop() if len(found) == 1 else None
+        return found.pop() if len(found) == 1 else self.asked_system
 
     @property
     def stats(self) -> DataStats:
@@ -91,6 +95,7 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer) -> Prepared:
     if settings.valid:
         _, valid_read, more = _read(settings.valid, recipe, tokenizer, None)
         every, bad = [*every, *valid_read.conversations], [*bad, *more]
+    every, changed = _normal(every, tokenizer)
     chosen = choose(tokenizer, every)
     bad += [Bad(every[i].at, why) for i, why in chosen.failed.items()]
     _check_bad(bad, len(every) + len(bad) - len(chosen.failed), read, chosen, recipe)
@@ -107,6 +112,10 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer) -> Prepared:
     if lost or more_lost:
         bad += [*lost, *more_lost]
         _check_bad(bad, len(every), read, chosen, recipe)
+    if settings.valid and not held_rows:
+        raise UserError(f"{settings.valid}: none of its rows can be used", _LOOK)
+    if not train.examples and lost:
+        raise UserError(f"{settings.train}: no row can be used: {lost[0].at}: {lost[0].why}", _LOOK)
     if not train.trained:
         raise UserError(
             f"{settings.train}: none of its {len(read.conversations)} rows leaves a token to train "
@@ -124,15 +133,18 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer) -> Prepared:
         valid,
         bool(held_rows) and not settings.valid,
         container,
-        tuple(bad),
+        tuple(sorted(bad, key=_place)),
         chosen.name,
         chosen.why,
         renderer.trimmed,
         chosen.tokenizer,
+        settings.system,
+        changed,
     )
 
 
 _Row = tuple[Conversation, Layout | None]
+_SAME = 3  # rows that share a reason are told one by one up to here
 _LOOK = "burnish data RECIPE data.on_bad_row=skip   shows the rows that can be"
 
 
@@ -146,10 +158,24 @@ def _read(file: str, recipe: Recipe, tokenizer: Tokenizer, first: int | None) ->
     return found.container, read, [*found.bad, *read.bad]
 
 
+def _normal(conversations: Sequence[Conversation], tokenizer: Tokenizer) -> tuple[list[Conversation], int]:
+    """The conversations as the tokenizer takes them, and how many of them that changes."""
+    found, changed = [], 0
+    for c in conversations:
+        turns = tuple(
+            replace(t, content=tokenizer.normal(t.content), reasoning=tokenizer.normal(t.reasoning))
+            for t in c.turns
+        )
+        changed += turns != c.turns
+        found.append(c if turns == c.turns else replace(c, turns=turns))
+    return found, changed
+
+
 def _check_bad(bad: Sequence[Bad], rows: int, read: Read, chosen: Chosen, recipe: Recipe) -> None:
     """Bad rows end the run unless the recipe says to leave them out."""
     if not bad or recipe.data.on_bad_row == "skip":
         return
+    bad = sorted(bad, key=_place)
     hint = "correct or remove those rows, or leave them out with data.on_bad_row=skip"
     if chosen.failed:
         hint += "; data.prompt and data.completion templates need no chat template"
@@ -159,7 +185,27 @@ def _check_bad(bad: Sequence[Bad], rows: int, read: Read, chosen: Chosen, recipe
 def _unusable(bad: Sequence[Bad], rows: int, how: str, hint: str) -> UserError:
     file = bad[0].at.rpartition(":")[0]
     told = f"{len(bad)} of {rows} rows cannot be used" if rows > 1 else "its row cannot be used"
-    return all_problems(f"{file}: {told} ({how}):", [f"{b.at}: {b.why}" for b in bad], hint)
+    return all_problems(f"{file}: {told} ({how}):", _grouped(bad), hint)
+
+
+def _place(bad: Bad) -> tuple[str, int]:
+    file, _, line = bad.at.rpartition(":")
+    return file, int(line.split()[0])
+
+
+def _grouped(bad: Sequence[Bad]) -> list[str]:
+    """One line a reason where many rows share it, in the order of the first of each."""
+    places: dict[str, list[str]] = {}
+    for b in bad:
+        places.setdefault(b.why, []).append(b.at)
+    lines = []
+    for why, at in places.items():
+        if len(at) <= _SAME:
+            lines += [f"{one}: {why}" for one in at]
+        else:
+            rest = ", ".join(one.rpartition(":")[2] for one in at[1:])
+            lines.append(f"{at[0]}: {why}; so have {len(at) - 1} more rows: {rest:.300}")
+    return lines
 
 
 def _hold_out(rows: Sequence[_Row], share: float, seed: int) -> tuple[list[_Row], list[_Row]]:
@@ -168,7 +214,19 @@ def _hold_out(rows: Sequence[_Row], share: float, seed: int) -> tuple[list[_Row]
         raise UserError(
             f"data.valid_share={share} of {len(rows)} row leaves nothing to train", "set data.valid_share=0"
         )
-    chosen = {int(i) for i in np.random.default_rng([seed, 0x5A11D]).permutation(len(rows))[:n]}
+    same: dict[tuple[Turn, ...], list[int]] = {}
+    for i, (conversation, _) in enumerate(rows):
+        same.setdefault(conversation.turns, []).append(i)
+    chosen: set[int] = set()
+    for i in np.random.default_rng([seed, 0x5A11D]).permutation(len(rows)).tolist():
+        if len(chosen) >= n:
+            break
+        chosen.update(same[rows[i][0].turns])  # equal rows stay on one side
+    if len(chosen) == len(rows):
+        raise UserError(
+            f"data.valid_share={share} leaves nothing to train: the {len(rows)} rows are all the same",
+            "set data.valid_share=0",
+        )
     return (
         [r for i, r in enumerate(rows) if i not in chosen],
         [r for i, r in enumerate(rows) if i in chosen],

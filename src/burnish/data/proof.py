@@ -18,7 +18,7 @@ import numpy as np
 
 from burnish.data.batches import Example
 from burnish.data.conversation import Conversation, Turn
-from burnish.data.template import MEANT, Control, Layout, Unproven
+from burnish.data.template import Control, Layout, Unproven
 from burnish.models.tokenizer import Tokenizer
 
 
@@ -36,6 +36,11 @@ def prove(
     whole = tokenizer.decode(ids[n_bos:], True)
     _same(layout.text, whole, "the tokens do not give the text back")
     shift = len(whole) - len(layout.text)  # a space, at most, of a tokenizer made by SentencePiece
+    _control(ids[n_bos:], layout, tokenizer, control)
+    if len(ids) > 1 and ids[0] == ids[1] and (ids[0] in control.ids or n_bos):
+        raise Unproven(f"the sequence begins twice, with {tokenizer.decode(ids[:1], True)}")
+    if loss_on == "all":
+        return
     turns = conversation.turns
     answers = [a for a in layout.answers if loss_on != "last" or a is layout.answers[-1]]
     trained = [a for a in answers if turns[a.turn].weight > 0]
@@ -59,9 +64,6 @@ def prove(
     for i, turn in enumerate(turns[: trained[0].turn if trained else len(turns)]):
         if turn.role in ("system", "user") and turn.content.strip() not in before:
             raise Unproven(f"the text of turn {i + 1} ({turn.role}) does not stand before the answer")
-    _control(ids[n_bos:], layout, tokenizer, control)
-    if len(ids) > 1 and ids[0] == ids[1] and (ids[0] in control.ids or n_bos):
-        raise Unproven(f"the sequence begins twice, with {tokenizer.decode(ids[:1], True)}")
 
 
 def _answer(turn: Turn, number: int, text: str, closing: str, markup: bool) -> None:
@@ -81,7 +83,7 @@ def _answer(turn: Turn, number: int, text: str, closing: str, markup: bool) -> N
 
 def _control(ids: Sequence[int], layout: Layout, tokenizer: Tokenizer, control: Control) -> None:
     own = [t for p in layout.pieces if p.origin == "template" for t in control.found(p.text)]
-    meant = {control.tokens[t] for t in MEANT if t in control.tokens}
+    meant = {*control.meant.values()}
     got = [t for t in ids if t in control.ids]
     if [t for t in got if t not in meant] != [t for t in own if t not in meant]:
         extra = sorted({tokenizer.decode([t], True) for t in got if got.count(t) != own.count(t)})

@@ -6,11 +6,12 @@
 
 A text is tokenised as a whole, as every server does it, where the prompt's tokens then come out as a prefix
 of it. Where they do not (a tokenizer merges across the border), or where the data holds what looks like a
-special token, it is cut there and tokenised in pieces: the look-alike as plain text.
+special token, it is cut there and tokenised in pieces: the look-alike, cut in two, as plain text.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -19,7 +20,7 @@ import numpy as np
 from burnish.data.batches import Example
 from burnish.data.conversation import Conversation
 from burnish.data.proof import prove
-from burnish.data.template import MEANT, Answer, ChatTemplate, Control, Layout, Piece, Unproven
+from burnish.data.template import Answer, ChatTemplate, Control, Layout, Piece, Unproven, alternatives
 from burnish.errors import UserError
 from burnish.models.tokenizer import Tokenizer
 
@@ -31,9 +32,8 @@ class Renderer:
         self.trimmed = 0  # texts so far whose outer white space the template removed
         self.template = ChatTemplate(tokenizer) if tokenizer.has_chat_template else None
         self._control = self.template.control if self.template else Control(tokenizer.special)
-        meant = {t: i for t, i in self._control.tokens.items() if t not in MEANT}
-        self._asked = _Blind(tokenizer, self._control)
-        self._answered = _Blind(tokenizer, Control(meant))
+        unmeant = [t for t in self._control.tokens if t not in self._control.meant]
+        self._hidden = {"asked": self._control.pattern, "answered": alternatives(unmeant)}
 
     def example(self, conversation: Conversation, layout: Layout | None = None) -> Example:
         """Tokens and weights of a whole conversation, every answer closed by a token that ends it.
@@ -56,8 +56,7 @@ class Renderer:
         if len(weights):
             weights[0] = 0  # nothing precedes the first token, so nothing predicts it
         example = Example(np.asarray(tokens, np.int32), weights)
-        if self._loss_on != "all":
-            prove(conversation, layout, example, self._tokenizer, self._control, self._loss_on, len(bos))
+        prove(conversation, layout, example, self._tokenizer, self._control, self._loss_on, len(bos))
         return example
 
     def layout(self, conversation: Conversation) -> Layout:
@@ -107,12 +106,23 @@ class Renderer:
         """All tokens, and for each answer the range of its own."""
         whole = self._encode(layout.pieces)
         length, spans = sum(len(p.text) for p in layout.pieces), []
+        tokens, at = 0, 0  # so many tokens are the text up to `at`, where an answer ended
         for answer in layout.answers:
-            before = self._encode(_first(layout.pieces, answer.start))
-            upto = whole if answer.end == length else self._encode(_first(layout.pieces, answer.end))
-            if whole[: len(before)] != before or whole[: len(upto)] != upto:
+            # An answer ends with a special token, at which every text is cut: what follows stands alone. The
+            # last prompt, and any that does not come out so, is encoded from its beginning.
+            part = self._encode(_first(layout.pieces, answer.start, at))
+            if answer is layout.answers[-1] or whole[tokens : tokens + len(part)] != part:
+                part, tokens = self._encode(_first(layout.pieces, answer.start)), 0
+            start = tokens + len(part)
+            rest = self._encode(_first(layout.pieces, answer.end, answer.start))
+            if answer.end == length:
+                rest = whole[start:]
+            elif whole[start : start + len(rest)] != rest:
+                rest = self._encode(_first(layout.pieces, answer.end))[start:]
+            if whole[tokens:start] != part or whole[start : start + len(rest)] != rest:
                 return self._in_pieces(layout)
-            spans.append((len(before), len(upto)))
+            tokens, at = start + len(rest), answer.end
+            spans.append((start, tokens))
         return whole, spans
 
     def _in_pieces(self, layout: Layout) -> tuple[list[int], list[tuple[int, int]]]:
@@ -125,35 +135,34 @@ class Renderer:
             tokens += self._encode(_first(layout.pieces, answer.end, answer.start))
             spans.append((start, len(tokens)))
             at = answer.end
+            if self._encode(_first(layout.pieces, answer.start)) != tokens[:start]:
+                raise Unproven(
+                    f"the tokens of the prompt of turn {answer.turn + 1} are no beginning of the row's: "
+                    "the tokenizer merges across the end of an answer"
+                )
         return tokens, spans
 
     def _encode(self, pieces: Sequence[Piece]) -> list[int]:
         tokens: list[int] = []
         run = ""
         for p in pieces:
-            blind = {"template": None, "asked": self._asked, "answered": self._answered}[p.origin]
-            if blind is None or not blind.needed(p.text):
-                run += p.text
-                continue
-            tokens += self._tokenizer.encode(run) + blind.encode(p.text)
-            run = ""
+            hidden = self._hidden.get(p.origin)
+            first, *others = [p.text] if hidden is None else _blind(p.text, hidden)
+            run += first
+            for part in others:
+                tokens += self._tokenizer.encode(run)
+                run = part
         return tokens + self._tokenizer.encode(run)
 
 
-class _Blind:
-    """Encodes text in which control tokens are ordinary characters. Made when first needed."""
-
-    def __init__(self, tokenizer: Tokenizer, control: Control) -> None:
-        self._tokenizer, self._control = tokenizer, control
-        self._made: Tokenizer | None = None
-
-    def needed(self, text: str) -> bool:
-        return self._control.pattern.search(text) is not None
-
-    def encode(self, text: str) -> list[int]:
-        if self._made is None:
-            self._made = self._tokenizer.without(self._control.tokens)
-        return self._made.encode(text)
+def _blind(text: str, control: re.Pattern[str]) -> list[str]:
+    """The text in parts, none of which holds a control token: each is cut after its first character."""
+    parts: list[str] = []
+    while found := control.search(text):
+        cut = found.start() + 1
+        parts.append(text[:cut])
+        text = text[cut:]
+    return [*parts, text]
 
 
 def _plain(text: str, origin: Literal["asked", "answered"], conversation: Conversation) -> tuple[Piece, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import gzip
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -46,10 +47,11 @@ class Row:
     values: dict[str, Any]
     file: str
     line: int  # on which the row starts; of Parquet and of hubs its number, from 1
+    number: int = 0  # of the row in its file, from 1, where several start on one line
 
     @property
     def at(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{self.file}:{self.line}" + (f" (row {self.number})" if self.number else "")
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,13 @@ def read_rows(source: str | Path, first: int | None = None, names: Collection[st
         container, items = _read_file(Path(source), names)
     rows: list[Row] = []
     bad: list[Bad] = []
-    for line, values in islice(items, first):
+    found = list(islice(items, first))
+    on_line = Counter(line for line, _ in found)
+    for number, (line, values) in enumerate(found, 1):
         if isinstance(values, str):
             bad.append(Bad(f"{file}:{line}", str(values)))
         else:
-            rows.append(Row(values, file, line))
+            rows.append(Row(values, file, line, number if on_line[line] > 1 else 0))
     if not rows and not bad:
         raise UserError(f"{file} holds no rows (it was read as {container})", _EXPECTED)
     return Found(tuple(rows), container, tuple(bad))
@@ -166,7 +170,7 @@ def _decode(raw: bytes, path: Path) -> str:
         line = raw[: e.start].count(b"\n") + 1
         raise UserError(
             f"{path}:{line}: not UTF-8 text (byte 0x{raw[e.start]:02x})",
-            f"iconv -f gb18030 -t utf-8 {path} > utf8{path.suffix}   if it is Chinese text in GBK",
+            f"iconv -f {_likely(raw)} -t utf-8 {path} > utf8{path.suffix}   if it is text in that encoding",
         ) from e
     if not text.strip():
         raise UserError(f"{path} is empty", _EXPECTED)
@@ -174,3 +178,10 @@ def _decode(raw: bytes, path: Path) -> str:
         raise UserError(f"{path} holds NUL bytes, so it is no UTF-8 text; {_EXPECTED}", f"file {path}")
     # Lines of old Mac programs end with CR alone.
     return text if "\n" in text else text.replace("\r", "\n")
+
+
+def _likely(raw: bytes) -> str:
+    """The encoding of text that is not UTF-8: Chinese has its bytes beyond ASCII two and two."""
+    high = [b > 0x7F for b in raw[:100_000]]
+    together = sum(a and (b or c) for a, b, c in zip(high[1:], high, high[2:], strict=False))
+    return "gb18030" if together > sum(high) // 2 else "cp1252"

@@ -27,6 +27,8 @@ _MOST_FRAMES = 4096  # kept for conversations of the same shape; most files have
 PROBE = (Turn("user", "u"), Turn("assistant", "a"))
 
 
+# Spelled so that nobody means text by it, even where a tokenizer does not call it special (`<|fim_prefix|>`).
+_SPELLED = re.compile(r"<[|｜].*[|｜]>")
 # Reasoning is marked by these; in an answer they are meant, even where a tokenizer calls them special.
 MEANT = ("<think>", "</think>")
 
@@ -65,10 +67,11 @@ class Layout:
 class Control:
     """Tokens that only a template may write, and their places in a text."""
 
-    def __init__(self, tokens: Mapping[str, int]) -> None:
+    def __init__(self, tokens: Mapping[str, int], meant: Collection[str] = MEANT) -> None:
         self.tokens = dict(tokens)
         self.ids = frozenset(tokens.values())
         self.pattern = alternatives(tokens)
+        self.meant = {t: i for t, i in tokens.items() if t in meant}  # may stand in an answer
 
     def found(self, text: str) -> list[int]:
         return [self.tokens[m[0]] for m in self.pattern.finditer(text)]
@@ -106,7 +109,6 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._frames: dict[Any, Frame] = {}
-        self._way = _Way()
         special = tokenizer.special
         self._special = alternatives(special)
         self.end = self._end(special)
@@ -114,7 +116,10 @@ class ChatTemplate:
         self._closing = alternatives(self._ends)
         # Some tokenizers call what opens a turn an ordinary token; typed by a user, it must not open one.
         openings = "".join(self._openings())
-        self.control = Control({t: i for t, i in tokenizer.added.items() if t in special or t in openings})
+        own = {t for t in tokenizer.added if t in special or t in openings or _SPELLED.fullmatch(t)}
+        # Of the others, a template's own (`<tool_call>`) may stand in an answer, which a model may write.
+        meant = {t for t in tokenizer.added if t not in own and t in tokenizer.template} | {*MEANT}
+        self.control = Control({t: i for t, i in tokenizer.added.items() if t in own or t in meant}, meant)
 
     def layout(self, conversation: Conversation) -> Layout:
         """Raises Unproven."""
@@ -139,7 +144,6 @@ class ChatTemplate:
             except (Refused, Unproven) as e:
                 first = first or e
                 continue
-            self._way = way
             return made
         if isinstance(first, Refused):
             raise Unproven(f"the chat template refuses it: {first}") from first
@@ -150,14 +154,12 @@ class ChatTemplate:
         calls = any(t.calls for t in conversation.turns)
         thinks = any(t.reasoning for t in conversation.turns)
         silent = any(not t.content for t in conversation.turns)
-        yield self._way
         for values in product(
             ("object", "text") if calls else ("object",),
             ("", None) if silent else ("",),
             ("reasoning_content", "thinking", "reasoning") if thinks else ("reasoning_content",),
         ):
-            if _Way(*values) != self._way:
-                yield _Way(*values)
+            yield _Way(*values)
 
     # --- text ---
 
@@ -165,9 +167,9 @@ class ChatTemplate:
         turns = conversation.turns
         if turns[0].role == "assistant" or all(t.role != "assistant" for t in turns):
             raise Unproven("expected a question and then an answer")
+        self._check_tools(conversation, way)  # first: the reason that helps most
         frame = self._frame(turns, conversation.tools, False, way)
         values, trimmed = self._values(conversation, frame, False, way)
-        self._check_tools(conversation, way)
         starts = [sum(map(len, frame.texts[:n])) + sum(map(len, values[:n])) for n in range(len(frame.texts))]
         answers, tail = [], ""
         for i, turn in enumerate(turns):
@@ -271,7 +273,7 @@ class ChatTemplate:
             missing = [w for w in _words(call.name, json.loads(call.arguments)) if not _stands(w, text)]
             if missing:
                 raise Unproven(
-                    f"the template does not write {missing[0]!r:.60} of the call of {call.name} after the text"
+                    f"the template does not write {missing[0]!r:.60} of the call of {call.name} last"
                 )
 
     def _check_tools(self, conversation: Conversation, way: _Way) -> None:

@@ -51,10 +51,12 @@ def choose(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> Chose
         return Chosen(
             tokenizer, NO_TEMPLATE, "", {}, dict.fromkeys(chats, "the tokenizer has no chat template")
         )
+    if any(c.tools for c in chats.values()):
+        tokenizer = tokenizer.for_tools()
     why: list[str] = []
     best: Chosen | None = None
     for name, candidate in _candidates(tokenizer, any(map(_thinks, chats.values()))):
-        layouts, failed = _lay_out(candidate, chats)
+        layouts, failed = _lay_out(candidate, chats, len(best.failed) if best else len(chats))
         told = "; ".join(why) or "every conversation is proven under it"
         if best is None or len(failed) < len(best.failed):
             best = Chosen(ending(candidate), name, told, layouts, failed)
@@ -67,14 +69,17 @@ def choose(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> Chose
 
 
 def _lay_out(
-    tokenizer: Tokenizer, chats: Mapping[int, Conversation]
+    tokenizer: Tokenizer, chats: Mapping[int, Conversation], most: int
 ) -> tuple[dict[int, Layout], dict[int, str]]:
+    """Tried no further where `most` have failed: another template is no worse."""
     template, layouts, failed = ChatTemplate(tokenizer), {}, {}
     for i, conversation in chats.items():
         try:
             layouts[i] = template.layout(conversation)
         except Unproven as e:
             failed[i] = str(e)
+            if len(failed) >= most and len(failed) < len(chats):
+                break
     return layouts, failed
 
 

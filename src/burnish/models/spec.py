@@ -21,8 +21,24 @@ from typing import Any
 from burnish.errors import UserError, all_problems
 from burnish.recipe import Recipe, expand
 
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2,
-               "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "U64": 8,
+    "I32": 4,
+    "U32": 4,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+}
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)\.weight$")
 _PART = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
@@ -78,13 +94,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a model folder. Raises UserError where either is missing, or it is not JSON."""
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.is_file() else "does not exist"
-        hint = f"burnish convert {folder} OUT   makes a folder of it" if folder.suffix == ".gguf" else (
-            "set `model:` to a folder with config.json, safetensors files and a tokenizer")
+        hint = (
+            f"burnish convert {folder} OUT   makes a folder of it"
+            if folder.suffix == ".gguf"
+            else ("set `model:` to a folder with config.json, safetensors files and a tokenizer")
+        )
         raise UserError(f"model folder {folder} {what}", hint)
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} has no config.json, so it is not a Hugging Face model folder",
-                        "set `model:` to a folder with config.json, safetensors files and a tokenizer")
+        raise UserError(
+            f"{folder} has no config.json, so it is not a Hugging Face model folder",
+            "set `model:` to a folder with config.json, safetensors files and a tokenizer",
+        )
     return _read_object(path)
 
 
@@ -125,8 +146,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise UserError(f"{path} is truncated: {size} bytes on disk, its header promises {end}", again)
     unknown = sorted({t.dtype for t in tensors.values()} - DTYPE_BYTES.keys())
     if unknown:
-        raise UserError(f"{path} holds tensors of a dtype that is not known: {', '.join(unknown)}",
-                        "use an unquantised copy of the model")
+        raise UserError(
+            f"{path} holds tensors of a dtype that is not known: {', '.join(unknown)}",
+            "use an unquantised copy of the model",
+        )
     return tensors
 
 
@@ -137,14 +160,19 @@ def read_spec(folder: Path) -> ModelSpec:
     needed = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
     missing = [k for k in needed if not config.get(k)]
     if missing:
-        raise all_problems(f"{folder / 'config.json'} is not the config of a decoder:",
-                           [f"{k} is missing" for k in missing],
-                           "set `model:` to the folder of a language model")
+        raise all_problems(
+            f"{folder / 'config.json'} is not the config of a decoder:",
+            [f"{k} is missing" for k in missing],
+            "set `model:` to the folder of a language model",
+        )
     tensors = _read_tensors(folder)
     has_head = any(k.endswith("lm_head.weight") for k in tensors)
     if not has_head and config.get("tie_word_embeddings") is False:
-        raise UserError(f"{folder} is not complete: it has no lm_head.weight, and config.json says that "
-                        "the head is not the embedding matrix", "download the missing files")
+        raise UserError(
+            f"{folder} is not complete: it has no lm_head.weight, and config.json says that "
+            "the head is not the embedding matrix",
+            "download the missing files",
+        )
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     eos = config.get("eos_token_id")
     generation = folder / "generation_config.json"
@@ -184,8 +212,11 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
         raise UserError(f"{folder} holds no safetensors files", "download the weights in safetensors form")
     absent = [n for n in names if not (folder / n).is_file()]
     if absent:
-        raise all_problems(f"{folder} is not complete; weight files that are not there:", absent,
-                           "download the missing files")
+        raise all_problems(
+            f"{folder} is not complete; weight files that are not there:",
+            absent,
+            "download the missing files",
+        )
     tensors: dict[str, TensorInfo] = {}
     for name in names:
         tensors |= read_header(folder / name)
@@ -208,7 +239,7 @@ def _weight_files(folder: Path) -> list[str]:
     for name in sorted(names):
         part = _PART.search(name)
         if part:
-            stem, width = name[:part.start()], len(part[1])
+            stem, width = name[: part.start()], len(part[1])
             every = (f"{i:0{width}d}-of-{part[2]}" for i in range(1, int(part[2]) + 1))
             names |= {f"{stem}-{numbers}.safetensors" for numbers in every}
     return sorted(names)

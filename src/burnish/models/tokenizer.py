@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -35,7 +36,8 @@ class _Backend(Protocol):  # the few names of the tokenizers library that are us
     def encode(self, sequence: str, *, add_special_tokens: bool) -> _Encoding: ...
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
     def get_added_tokens_decoder(self) -> Mapping[int, Any]: ...
-    def to_str(self) -> str: ...
+    @property
+    def normalizer(self) -> Any: ...
 
 
 class _Tokenizer(Protocol):  # the few names of transformers' class that are used here
@@ -76,7 +78,21 @@ class Tokenizer:
     def template(self) -> str:
         """The chat template (Jinja); empty where there is none."""
         found = self._inner.chat_template
-        return (found.get("default", "") if isinstance(found, dict) else found) or ""
+        if isinstance(found, dict):
+            found = found.get("default") or next(iter(found.values()), "")
+        return found or ""
+
+    def for_tools(self) -> Tokenizer:
+        """The same; of several templates, with the one that transformers takes when tools are given."""
+        found = self._inner.chat_template
+        return (
+            self.with_template(found["tool_use"]) if isinstance(found, dict) and "tool_use" in found else self
+        )
+
+    def normal(self, text: str) -> str:
+        """Text as this tokenizer takes it, where it first brings Unicode into a normal form (Qwen: NFC)."""
+        form = type(self._backend.normalizer).__name__
+        return unicodedata.normalize(form, text) if form in ("NFC", "NFD", "NFKC", "NFKD") else text
 
     @property
     def eos_id(self) -> int | None:
@@ -104,17 +120,6 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=not keep_special)
-
-    def without(self, tokens: Collection[str]) -> Tokenizer:
-        """The same, but for these added tokens, which it takes for ordinary text. It can only encode."""
-        from tokenizers import Tokenizer as Backend
-
-        state = json.loads(self._backend.to_str())
-        state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in tokens]
-        state["post_processor"] = None  # it names special tokens
-        blind = copy(self)
-        blind._backend = cast(_Backend, Backend.from_str(json.dumps(state)))
-        return blind
 
     def with_template(self, template: str) -> Tokenizer:
         """The same with another chat template; `save` then writes that one."""
@@ -153,9 +158,13 @@ class Tokenizer:
         return cast(str, text)
 
     def save(self, folder: Path) -> None:
-        """Raises OSError where the files cannot be written."""
+        """With the chat template as it was rendered, its date included. Raises OSError."""
+        inner = self._inner
+        if self.has_chat_template:
+            inner = copy(inner)
+            inner.chat_template = self._dated
         try:
-            self._inner.save_pretrained(str(folder))
+            inner.save_pretrained(str(folder))
         except Exception as e:  # tokenizers has no type of its own: 'No space left on device (os error 28)'
             number = _OS_ERROR.search(str(e))
             if number is None:

@@ -170,6 +170,13 @@ def _data_notes(prepared: Prepared) -> Iterator[str]:
     if prepared.bad:
         first = prepared.bad[0]
         yield f"{len(prepared.bad)} rows left out that cannot be used, such as {first.at}: {first.why}"
+    if prepared.valid.dropped or prepared.valid.truncated:
+        yield (
+            f"{prepared.valid.dropped} validation rows left out and {prepared.valid.truncated} cut: "
+            "too long, or nothing to score"
+        )
+    if prepared.normalized:
+        yield f"the tokenizer brings Unicode into its normal form: {prepared.normalized} rows differ by that"
     if prepared.trimmed:
         yield f"the chat template removes the outer white space of {prepared.trimmed} texts"
 

@@ -87,11 +87,8 @@ def attention(
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        length = q.shape[2]
-        if sliding_window is not None and length > sliding_window:
-            at = torch.arange(length, device=q.device)
-            apart = at[:, None] - at[None, :]
-            near = (apart >= 0) & (apart < sliding_window)
+        if sliding_window is not None and q.shape[2] > sliding_window:
+            near = _near(q.shape[2], sliding_window, q.device)
             mask = near if mask is None else near & mask
         return scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=native and groups > 1
@@ -109,6 +106,13 @@ def attention(
         parts = (t.split(list(lengths), dim=2) for t in (query, key, value))
         out = torch.cat([attend(q, k, v) for q, k, v in zip(*parts, strict=True)], dim=2)
     return out.transpose(1, 2), None
+
+
+def _near(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool [T, T]: s is t or one of the window - 1 before it."""
+    at = torch.arange(length, device=device)
+    apart = at[:, None] - at[None, :]
+    return (apart >= 0) & (apart < window)
 
 
 def _split(t_1HND: torch.Tensor, n: int) -> torch.Tensor:
