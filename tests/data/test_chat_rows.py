@@ -66,7 +66,8 @@ def test_reasoning_beside_content(key: str) -> None:
 
 @pytest.mark.parametrize(
     ("extra", "weight"),
-    [({}, 1), ({"weight": 0}, 0), ({"weight": 0.5}, 0.5), ({"train": False}, 0), ({"train": True}, 1),
+    [({}, 1), ({"weight": 0}, 0), ({"weight": 0.5}, 0.5), ({"weight": 1e-6}, 1e-6), ({"weight": 10**6}, 1e6),
+     ({"train": False}, 0), ({"train": True}, 1),
      ({"train": False, "weight": 2}, 0), ({"train": None, "weight": None}, 1)],
 )  # fmt: skip
 def test_weights(extra: dict[str, Any], weight: float) -> None:
@@ -80,7 +81,9 @@ def call(arguments: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("message", "why"),
     [
-        ({**ANSWER, "weight": -1}, "`weight` is -1; expected a number of at least 0"),
+        ({**ANSWER, "weight": -1}, "`weight` is -1; expected 0, or a number from 0.000001 to 1000000"),
+        ({**ANSWER, "weight": 1e39}, "`weight` is 1e+39"),
+        ({**ANSWER, "weight": 1e-50}, "`weight` is 1e-50"),
         ({**ANSWER, "weight": True}, "`weight` is True"),
         ({**ANSWER, "weight": float("nan")}, "`weight` is nan"),
         ({**ANSWER, "weight": 10**400}, "`weight` is 1000"),
@@ -148,6 +151,35 @@ def test_prompt_and_completion_of_messages_train_the_completion() -> None:
     for chat in (True, False):  # the first row says which it is
         mixed = read(PQ, {"prompt": [USER], "completion": [ANSWER]}, chat=chat)
         assert [b.why for b in mixed.bad] == ["`prompt` is list, expected text"]
+
+
+def test_a_system_column_is_the_system_message_of_messages() -> None:
+    for row in (
+        {"messages": [USER, ANSWER]},
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"conversations": [USER, ANSWER]},
+    ):
+        found = read({**row, "system": "s"}, {**row, "system": " "}, data=Data(system="recipe's"))
+        assert said(found) == [("system", "s"), ("user", "a"), ("assistant", "b")]
+        assert said(found, 1)[0] == ("system", "recipe's") and "`system` is the system message" in found.why
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_two_system_messages_are_one_only_where_they_say_the_same(column: str) -> None:
+    own = [{"role": "system", "content": "s"}, USER, ANSWER]
+    assert said(read({column: own, "system": "s\n"}))[0] == ("system", "s")
+    empty = [{"role": "system", "content": ""}, USER, ANSWER]
+    assert said(read({column: empty, "system": "t"}))[:2] == [("system", "t"), ("user", "a")]
+    assert "`system` is 't', and the first message is the system's, 's'" in why_bad(
+        read({column: own, "system": "t"})
+    )
+
+
+def test_tools_and_what_is_not_used_are_told() -> None:
+    found = read({"messages": [USER, ANSWER], "tools": FORMS, "prompt": "a", "id": 3, "source": "x"})
+    assert found.why == "the column `messages`; `tools`: what may be called; not used: `prompt`, `source`"
+    named = read({"messages": [{**USER, "name": "n"}, {**ANSWER, "reasoning": "hm"}]})
+    assert named.why == "the column `messages`"
 
 
 # ---- ShareGPT

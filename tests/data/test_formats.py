@@ -126,7 +126,7 @@ def test_one_instruction_for_all_rows_is_the_system_message() -> None:
     same = [{"instruction": "You are a doctor.", "input": x, "output": "<think>hm</think>\no"} for x in "ab"]
     found = read(*same)
     assert said(found)[:2] == [("system", "You are a doctor."), ("user", "a")]
-    assert "is the system message" in found.why and "data.system" in found.why
+    assert "is the system message" in found.why and "questions asked later" in found.why
     assert said(read(*same, chat=False))[0] == ("user", "You are a doctor.\na\n")
     for other in ({**same[0], "input": ""}, {**same[0], "instruction": "Translate."}):
         mixed = read(*same, other)

@@ -106,6 +106,23 @@ def test_medical_reasoning_is_the_open_question_and_can_be_dropped() -> None:
             assert not any("think>" in c.answer or c.turns[-1].reasoning for c in dropped.conversations)
 
 
+@pytest.mark.parametrize(
+    ("file", "left"),
+    [
+        ("medical-o1-en/valid.json", "`options`, `answer_idx`"),
+        ("medical-mcq/valid_zh.json", "`source`"),
+        ("medical-mcq/train_en.jsonl", ""),
+        ("sharegpt/train_tools_en.json", ""),
+        ("mbpp/train.jsonl", ""),
+        ("cmb-clin/cases.json", ""),
+    ],
+)
+def test_what_is_not_used_is_told_once(file: str, left: str) -> None:
+    why = read(file, True).why
+    assert why.partition("; not used: ")[2] == left
+    assert ("`question` and `answer` could serve too" in why) == file.startswith("medical-o1-en")
+
+
 def test_the_right_option_is_the_line_of_the_answer() -> None:
     for file in ("medical-mcq/valid_zh.json", "medical-mcq/valid_en.json"):
         rows = read_rows(DATA / file).rows

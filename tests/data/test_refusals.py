@@ -17,6 +17,8 @@ PART = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "
     ("row", "said_"),
     [
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "preference pairs (chosen, rejected)"),
+        ({"Prompt": "p", "Chosen": "a", "Rejected": "b"}, "preference pairs (Chosen, Rejected)"),
+        ({"Text": "t", "Label": "1"}, "texts to classify (`Text`, `Label`)"),
         ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "data.columns='{messages: chosen}'"),
         ({"messages": [USER], "chosen": ANSWER, "rejected": ANSWER}, "preference pairs"),
         ({**PQ, "label": True}, "as KTO wants"),

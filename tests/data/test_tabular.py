@@ -89,8 +89,21 @@ def test_names_of_the_recipe_make_a_header(tmp_path: Path) -> None:
     assert columns(named) == ["frage", "antwort", "quelle"] and shown(named) == [("f1", "a1", "q1", 2)]
 
 
-def test_letter_case_counts(tmp_path: Path) -> None:
-    assert read(tmp_path, "QUESTION,ANSWER\nq,a\n").container == "CSV without a header"
+@pytest.mark.parametrize("name", ["rows.csv", "rows.txt"])
+@pytest.mark.parametrize(
+    "header",
+    ["QUESTION,ANSWER", "Prompt,Completion", "Instruction,Input,Output", "Problem,Solution", "Text,Label"],
+)
+def test_letter_case_of_a_header_does_not_count(tmp_path: Path, header: str, name: str) -> None:
+    found = read(tmp_path, f"{header}\n{','.join('x' for _ in header.split(','))}\n", name)
+    assert found.container == "CSV with a header" and columns(found) == header.split(",")
+    assert len(found.rows) == 1
+
+
+def test_one_name_with_a_capital_makes_a_header_only_in_a_table(tmp_path: Path) -> None:
+    prose = "Problem, as they say.\nNo, none.\n"
+    assert read(tmp_path, prose, "rows.txt").container == "plain text, one row a line"
+    assert columns(read(tmp_path, "Text\nOne.\n")) == ["Text"]
 
 
 @pytest.mark.parametrize(

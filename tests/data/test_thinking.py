@@ -29,6 +29,39 @@ def test_thinking_dropped() -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "left"),
+    [
+        ("use the <think>x</think> tag", "use the <think>x</think> tag"),
+        ("<think>hm</think>use the <think>x</think> tag", "use the <think>x</think> tag"),
+        (" \n<think>a</think>\n<think>b</think> c", "c"),
+    ],
+)
+def test_only_the_block_that_opens_an_answer_is_cut(content: str, left: str) -> None:
+    found = thought("drop", Turn("assistant", content))
+    assert isinstance(found, Conversation) and found.answer == left
+
+
+def test_a_tag_further_on_is_no_reasoning() -> None:
+    found = thought("require", Turn("assistant", "use the <think>x</think> tag"))
+    assert isinstance(found, Bad) and "has no reasoning" in found.why
+
+
+def test_answers_that_lost_their_reasoning_are_counted() -> None:
+    several = {"messages": [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": BLOCK},
+        {"role": "user", "content": "<think>mine</think>"},
+        {"role": "assistant", "content": "b", "reasoning": "hm"},
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\n</think>b"},
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "the <think>x</think> tag"},
+    ]}  # fmt: skip
+    bad = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>b"}]}
+    found = read(several, bad, several, data=Data(thinking="drop"))
+    assert len(found.bad) == 1 and found.thoughts_dropped == 4
+    assert read(several, data=Data(thinking="keep")).thoughts_dropped == 0
+    assert read(PQ, data=Data(thinking="drop")).thoughts_dropped == 0
+
+
+@pytest.mark.parametrize(
     "content", ["<think>b", "hm</think>b", "<think>a<think>b</think>c</think>d", "<think>b</think>"]
 )
 def test_thinking_that_cannot_be_dropped(content: str) -> None:

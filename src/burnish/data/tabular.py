@@ -4,8 +4,8 @@
     container, items = found or plain(text)
 
 An item is (line, values) or (line, what is wrong there); all cells of CSV and TSV are strings. A header is
-known by the names in it (COLUMNS, and those that the recipe gives): "question,answer" names columns and
-"Berlin,Germany" is a row, and no other rule told the two apart.
+known by the names in it (names.COLUMNS in any letter case, and those that the recipe gives):
+"Question,Answer" names columns and "Berlin,Germany" is a row, and no other rule told the two apart.
 """
 
 from __future__ import annotations
@@ -18,22 +18,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from burnish.data.names import COLUMNS, is_known
 from burnish.errors import UserError
 
 Item = tuple[int, dict[str, Any] | str]
 
-# Every name by which the formats know a column. Letter case counts: `Question` may stand beside `question`.
-COLUMNS = frozenset((
-    "messages", "conversations", "conversation", "dialogue", "dialog", "tools", "functions", "system",
-    "system_prompt", "history", "instruction", "input", "output", "instances", "query", "response",
-    "responses", "prompt", "completion", "question", "answer", "Question", "Answer", "Complex_CoT",
-    "Response", "reasoning", "reasoning_content", "thinking", "rationale", "explanation", "solution",
-    "canonical_solution", "chosen", "rejected", "options", "choices", "opa", "opb", "opc", "opd", "ope",
-    "cop", "exp", "answer_idx", "answer_index", "correct_answer", "distractors", "QA_pairs", "qa_pairs",
-    "text", "title", "description", "content", "label", "source", "target", "context", "id", "task_id",
-    "name", "category", "subject", "topic", "user", "assistant", "human", "gpt", "bot", "problem", "code",
-    "test", "sql", "schema", "entry_point",
-))  # fmt: skip
 _UNNAMED = {1: ("text",), 2: ("prompt", "completion"), 3: ("instruction", "input", "output")}
 _TABLES = {".csv": ",;\t", ".tsv": "\t,;", ".tab": "\t,;"}  # delimiters in the order in which they are likely
 _SEPARATOR_LINE = re.compile(r"sep=([,;\t])[ \t]*\n")  # Excel's own first line
@@ -123,8 +112,10 @@ def _find_header(
             continue
         columns = [cell.strip() for cell in cells]
         filled = [c for c in columns if c]
-        hits = sum(c in COLUMNS or c in names for c in filled)
-        if hits >= 2 or 2 * hits >= len(filled) > 0 or not names.isdisjoint(columns):
+        hits = sum(c in names or is_known(c) for c in filled)
+        # Prose begins with a capital: "Question, please." is a header only in a file that is called a table.
+        sure = hits if alone else sum(c in names or c in COLUMNS for c in filled)
+        if hits >= 2 or 2 * sure >= len(filled) > 0 or not names.isdisjoint(columns):
             # Python's pandas writes its index under no name, and Excel leaves empty columns at the end.
             named = tuple(c or f"column {i}" for i, c in enumerate(columns, 1))
             spaced = f"{delimiter} " in lines[line - 1]

@@ -1,6 +1,7 @@
 """What becomes of reasoning: kept as given, cut out, or asked of every answer (data.thinking).
 
-Reasoning stands apart (`Turn.reasoning`) or in the answer, between `<think>` and `</think>`; both count.
+Reasoning stands apart (`Turn.reasoning`) or opens the answer, between `<think>` and `</think>`; both count.
+Further on in an answer the tags are what it speaks of.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from burnish.data.conversation import Conversation, Turn
 from burnish.data.rows import Bad
 
 _BLOCK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
+_OPENING = re.compile(r"\s*(?:<think>.*?</think>\s*)+", re.DOTALL)
 _TAG = re.compile(r"</?think>")
 
 
@@ -21,9 +23,9 @@ def apply_thinking(
 ) -> Conversation | Bad:
     """The conversation under a policy, or why it does not go with it.
 
-    drop: without reasoning, and without `<think>…</think>` and the white space after it in what the assistant
-    says; a tag without its partner, and an answer that was nothing else, are Bad. require: every answer that
-    is trained and calls no tool has reasoning, or is Bad.
+    drop: without reasoning, and without `<think>…</think>` and the white space around it where it opens
+    what the assistant says; a tag without its partner, and an answer that was nothing else, are Bad. require:
+    every answer that is trained and calls no tool has reasoning, or is Bad.
     """
     if policy == "keep":
         return conversation
@@ -32,7 +34,7 @@ def apply_thinking(
         if turn.role != "assistant":
             turns.append(turn)
         elif policy == "drop":
-            cut = replace(turn, reasoning="", content=_BLOCK.sub("", turn.content))
+            cut = replace(turn, reasoning="", content=turn.content[len(_opening(turn)) :])
             wrong = _wrong_after_cut(cut)
             if wrong:
                 return Bad(conversation.at, f"message {i + 1} (assistant) {wrong} (data.thinking=drop)")
@@ -46,8 +48,25 @@ def apply_thinking(
     return replace(conversation, turns=tuple(turns))
 
 
+def thoughts_cut(before: Conversation, after: Conversation) -> int:
+    """How many turns had reasoning, which `after` (the same under a policy) has no more."""
+    pairs = zip(before.turns, after.turns, strict=True)
+    return sum(old != new and _reasons(old) for old, new in pairs)
+
+
+def _opening(turn: Turn) -> str:
+    """The blocks that open a turn, with the white space around them; '' where none does."""
+    found = _OPENING.match(turn.content)
+    return found[0] if found else ""
+
+
+def _reasons(turn: Turn) -> bool:
+    """Whether there is reasoning, apart or in the opening blocks: an empty block is none."""
+    return bool(turn.reasoning.strip()) or any(m[1].strip() for m in _BLOCK.finditer(_opening(turn)))
+
+
 def _wrong_after_cut(turn: Turn) -> str:
-    left = _TAG.search(turn.content)
+    left = _TAG.search(_BLOCK.sub("", turn.content))
     if left:
         return f"has {left[0]} without its partner, so where the reasoning ends is not known"
     if turn.weight > 0 and not turn.calls and not turn.content.strip():
@@ -57,7 +76,7 @@ def _wrong_after_cut(turn: Turn) -> str:
 
 def _thinks(turn: Turn, before: str) -> bool:
     """Also where the prompt ends with `<think>`, as templates for reasoning models write it."""
-    if turn.reasoning.strip() or any(m[1].strip() for m in _BLOCK.finditer(turn.content)):
+    if _reasons(turn):
         return True
     thought, closed, _ = turn.content.partition("</think>")
     return bool(closed and thought.strip()) and before.rstrip().endswith("<think>")

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 from burnish.data.conversation import Conversation, Turn
 from burnish.data.formats import chat, choice, pairs, templates
-from burnish.data.formats.columns import STANDARD, names_in, renamed
+from burnish.data.formats.columns import filled_in, names_in, renamed, unused
 from burnish.data.formats.refusals import refuse
 from burnish.data.formats.templates import fields, fill
 from burnish.data.formats.values import BadRow, File, Format, check_texts, ended, with_system
+from burnish.data.names import STANDARD
 from burnish.data.rows import Bad, Row
-from burnish.data.thinking import apply_thinking
+from burnish.data.thinking import apply_thinking, thoughts_cut
 from burnish.errors import UserError
 from burnish.recipe import Data
 
@@ -45,13 +46,16 @@ class Read:
     """What was found in the rows.
 
     format: 'template', 'messages', 'sharegpt', 'alpaca', 'instances', 'reasoning', 'choice', 'questions',
-    'code', 'text', or two columns such as 'prompt/completion'. why: a sentence on how they are read.
+    'code', 'text', or two columns such as 'prompt/completion'. why: a sentence on how they are read, and on
+    the columns of known names that are not. thoughts_dropped: answers of `conversations` from which reasoning
+    was cut (data.thinking=drop).
     """
 
     format: str
     why: str
     conversations: tuple[Conversation, ...]
     bad: tuple[Bad, ...]
+    thoughts_dropped: int = 0
 
 
 def read_conversations(rows: Sequence[Row], settings: Data, chat_template: bool) -> Read:
@@ -68,9 +72,11 @@ def read_conversations(rows: Sequence[Row], settings: Data, chat_template: bool)
             "set data.chat_template=never, or use an instruct model",
         )
     rows = renamed(rows, settings.columns, keep=settings.prompt is not None)
-    found = _choose(rows, settings, takes_chat(settings, chat_template))
+    every = filled_in(rows)
+    found = _choose(rows, every, settings, takes_chat(settings, chat_template))
     conversations: list[Conversation] = []
     bad: list[Bad] = []
+    dropped = 0
     for row in rows:
         try:
             read = found.read(row)
@@ -84,20 +90,25 @@ def read_conversations(rows: Sequence[Row], settings: Data, chat_template: bool)
         if wrong:
             bad.append(wrong)
         else:
-            conversations += [t for t in thought if isinstance(t, Conversation)]
-    return Read(found.name, found.why, tuple(conversations), tuple(bad))
+            kept = [t for t in thought if isinstance(t, Conversation)]
+            conversations += kept
+            dropped += sum(thoughts_cut(*pair) for pair in zip(read, kept, strict=True))
+    # under templates a renamed column stands under its old name too
+    beside = [c for c in every if settings.prompt is None or c not in settings.columns.values()]
+    why = found.why + unused(beside, found.why)
+    return Read(found.name, why, tuple(conversations), tuple(bad), dropped)
 
 
-def _choose(rows: Sequence[Row], settings: Data, chat: bool) -> Format:
+def _choose(rows: Sequence[Row], every: tuple[str, ...], settings: Data, chat: bool) -> Format:
     everything = names_in(rows, filled=False)
     path = rows[0].file
-    by_recipe = templates.find(File(rows, everything, settings, chat, path))
+    by_recipe = templates.find(File(rows, everything, every, settings, chat, path))
     if by_recipe:
         return by_recipe
     # A column that is empty in every row (as tables of several sources have them) says nothing of the format;
     # a file whose rows all lack one is still read, and told row by row.
     for columns in (names_in(rows, filled=True), everything):
-        file = File(rows, columns, settings, chat, path)
+        file = File(rows, columns, every, settings, chat, path)
         refuse(file)
         wants_text = settings.answer_after is not None
         found = pairs.find_text(file) if wants_text else None
@@ -113,7 +124,11 @@ def _choose(rows: Sequence[Row], settings: Data, chat: bool) -> Format:
 
 
 def _unknown(path: str, columns: Sequence[str]) -> UserError:
-    near = [(c, n[0]) for c in columns if (n := difflib.get_close_matches(c.lower(), STANDARD, 1, 0.8))]
+    near = [
+        (c, n[0])
+        for c in columns
+        if c not in STANDARD and (n := difflib.get_close_matches(c.lower(), STANDARD, 1, 0.8))
+    ]
     spelt = f"; did you mean data.columns='{{{near[0][1]}: {near[0][0]}}}'?" if near else ""
     first, last = (columns or ("question",))[0], (columns or ("answer",))[-1]
     return UserError(

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from burnish.data.conversation import Conversation, Role, ToolCall, Turn
+from burnish.data.formats.columns import one
 from burnish.data.formats.values import (
     BadRow,
     File,
     Format,
     Reader,
     canonical,
-    finite,
+    listed,
     optional,
     parsed,
     text,
@@ -32,11 +33,12 @@ _SHAREGPT: dict[str, Role] = {
     "chatgpt": "assistant", "function_call": "assistant", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_LIGHTEST, _HEAVIEST = 1e-6, 1_000_000  # weights become float32, in which 1e39 is inf and 1e-50 is 0
 
 
 def find(file: File) -> Format | None:
     """`messages`, or `conversations`. Raises UserError where they can go through no chat template."""
-    column = next((c for c in ("messages", "conversations", "conversation") if c in file.columns), None)
+    column = one(file.columns, "messages", "conversations", "conversation")
     paired = column is None and _paired(file)
     if column is None and not paired:
         return None
@@ -47,14 +49,22 @@ def find(file: File) -> Format | None:
             "template; " + ("the recipe says never" if never else "this model's tokenizer has none"),
             "use an instruct model, or data.prompt and data.completion templates",
         )
+    note = _beside(file)
     if column is None:
-        return Format(
-            "messages", "the columns `prompt` and `completion`, both lists of messages", _pair_reader(file)
-        )
-    if column == "messages":
-        return Format("messages", "the column `messages`", lambda row: _messages(row, file.settings))
+        why = "the columns `prompt` and `completion`, both lists of messages"
+        return Format("messages", why + note, _pair_reader(file))
+    if column.lower() == "messages":
+        why = f"the column `{column}`"
+        return Format("messages", why + note, lambda row: _messages(row, column, file.settings))
     why = f"the column `{column}`, as ShareGPT has it"
-    return Format("sharegpt", why, lambda row: _sharegpt(row, column, file.settings))
+    return Format("sharegpt", why + note, lambda row: _sharegpt(row, column, file.settings))
+
+
+def _beside(file: File) -> str:
+    """A word on the columns that are read beside the messages; often empty."""
+    tools = [c for c in ("tools", "functions") if c in file.every]
+    system = "; `system` is the system message" if "system" in file.every else ""
+    return system + (f"; {listed(tools)}: what may be called" if tools else "")
 
 
 def _paired(file: File) -> bool:
@@ -75,10 +85,10 @@ def _pair_reader(file: File) -> Reader:
     return read
 
 
-def _messages(row: Row, settings: Data) -> tuple[Conversation, ...]:
-    messages = row.values.get("messages")
+def _messages(row: Row, column: str, settings: Data) -> tuple[Conversation, ...]:
+    messages = row.values.get(column)
     if not isinstance(messages, list) or not messages:
-        raise BadRow("`messages` is not a list of {role, content}")
+        raise BadRow(f"`{column}` is not a list of {{role, content}}")
     return (_whole([_turn(m, i, _OPENAI) for i, m in enumerate(messages, 1)], row, settings),)
 
 
@@ -87,9 +97,6 @@ def _sharegpt(row: Row, column: str, settings: Data) -> tuple[Conversation, ...]
     if not isinstance(messages, list) or not messages:
         raise BadRow(f"`{column}` is not a list of {{from, value}}")
     turns = [_turn(_openai(m), i, _SHAREGPT) for i, m in enumerate(messages, 1)]
-    system = optional(row.values, "system")
-    if system and turns[0].role != "system":
-        turns.insert(0, Turn("system", system))
     return (_whole(turns, row, settings),)
 
 
@@ -110,10 +117,24 @@ def _whole(turns: list[Turn], row: Row, settings: Data) -> Conversation:
         raise BadRow("there are no messages")
     if turns[-1].role != "assistant":
         raise BadRow(f"the last message is the {turns[-1].role}'s; expected the assistant's answer")
+    turns = _with_column(turns, optional(row.values, "system"))
     value, key = next(
         ((row.values[k], k) for k in ("tools", "functions") if row.values.get(k) is not None), (None, "tools")
     )
     return Conversation(with_system(turns, settings), False, row.at, _tools(value, key))
+
+
+def _with_column(turns: list[Turn], system: str) -> list[Turn]:
+    """The text of the column `system` first. Raises BadRow where the conversation begins with another."""
+    own = turns[0].content.strip() if turns[0].role == "system" else ""
+    if not system.strip() or own == system.strip():
+        return turns
+    if own:
+        raise BadRow(
+            f"`system` is {system!r:.40}, and the first message is the system's, {own!r:.40}; expected one "
+            "of the two, or the same text in both"
+        )
+    return [Turn("system", system), *turns[turns[0].role == "system" :]]
 
 
 def _turn(message: Any, number: int, roles: Mapping[str, Role]) -> Turn:
@@ -197,8 +218,10 @@ def _call(value: Any) -> ToolCall:
 def _weight(message: Mapping[str, Any]) -> float:
     weight, train = message.get("weight"), message.get("train")
     weight = 1.0 if weight is None else weight
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not finite(weight) or weight < 0:
-        raise BadRow(f"`weight` is {weight!r:.40}; expected a number of at least 0")
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not number or not (weight == 0 or _LIGHTEST <= weight <= _HEAVIEST):
+        expected = f"0, or a number from {_LIGHTEST:f} to {_HEAVIEST}"
+        raise BadRow(f"`weight` is {weight!r:.40}; expected {expected}")
     if train is not None and not isinstance(train, bool):
         raise BadRow(f"`train` is {train!r:.40}; expected true or false")
     return 0.0 if train is False else float(weight)

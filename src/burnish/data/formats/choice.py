@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from burnish.data.conversation import Conversation, Turn
+from burnish.data.formats.beside import beside
 from burnish.data.formats.columns import match, one
 from burnish.data.formats.values import BadRow, File, Format, conversation, listed, optional, text
 from burnish.data.rows import Row
@@ -38,9 +39,9 @@ def find(file: File) -> Format | None:
         used, note = [asked, *options, right], "; a number as answer counts from 0"
     else:
         return None
-    context, explanation = one(columns, "context"), one(columns, *_EXPLANATIONS)
-    if context:
-        note += f"; `{context}` stands before the question"
+    extra = beside(file, used, before=("context",), history=True)
+    note += extra.note
+    explanation = one(tuple(c for c in file.every if c not in used), *_EXPLANATIONS)
     if explanation:
         note += f"; `{explanation}` is not trained"
     why = f"the columns {listed(used)}, multiple choice: the completion is such as '(D) text'{note}"
@@ -49,13 +50,11 @@ def find(file: File) -> Format | None:
         values = row.values
         choices = _exam_options(values, options) if exam else _options(values.get(options[0]), options[0])
         letters = _right(values, right, choices, 1 if exam else 0)
-        before = optional(values, context or "context")
         lines = {letter: f"({letter}) {words}" for letter, words in choices.items()}
-        prompt = "\n".join([*([before, ""] if before.strip() else []), text(values, asked), *lines.values()])
+        prompt = extra.asked(row, "\n".join([text(values, asked), *lines.values()]))
         answer = "\n".join(lines[letter] for letter in letters)
-        return (
-            conversation((Turn("user", prompt), Turn("assistant", answer)), row, file.settings, file.chat),
-        )
+        turns = (*extra.opening(row), Turn("user", prompt), Turn("assistant", answer))
+        return (conversation(turns, row, file.settings, file.chat),)
 
     return Format("choice", why, read)
 

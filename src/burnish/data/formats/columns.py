@@ -7,16 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from burnish.data.formats.values import listed
+from burnish.data.names import STANDARD, is_told
 from burnish.data.rows import Row
 from burnish.errors import UserError
 
 LOOKED_AT = 100  # rows from which the format of a file is found
-STANDARD = (
-    "messages", "conversations", "tools", "system", "prompt", "completion", "response", "text",
-    "instruction", "input", "output", "history", "instances", "question", "query", "answer", "reasoning",
-    "options", "answer_idx", "opa", "opb", "opc", "opd", "cop", "context", "qa_pairs", "description",
-    "problem", "solution", "canonical_solution",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +33,25 @@ def names_in(rows: Sequence[Row], filled: bool) -> tuple[str, ...]:
         if not empty:
             break
     return tuple(name for name in names if name not in empty)
+
+
+def filled_in(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Columns that hold something in some row of all, in the order in which they come up."""
+    names: dict[str, None] = {}
+    for row in rows:
+        for key, value in row.values.items():
+            if key not in names and value not in (None, "", []):
+                names[key] = None
+    return tuple(names)
+
+
+def unused(columns: Sequence[str], why: str) -> str:
+    """A word on the columns of known names that `why` does not name; often empty.
+
+    A reader names in `why` each column that it reads, or says what becomes of it.
+    """
+    left = [c for c in columns if is_told(c) and f"`{c}`" not in why]
+    return f"; not used: {', '.join(f'`{c}`' for c in left)}" if left else ""
 
 
 def renamed(rows: Sequence[Row], wanted: Mapping[str, str], keep: bool) -> Sequence[Row]:

@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from burnish.data.conversation import Conversation, Turn
+from burnish.data.formats.beside import REASONING, beside
 from burnish.data.formats.columns import match, one
 from burnish.data.formats.values import BadRow, File, Format, conversation, listed, optional, text
 from burnish.data.rows import Row
 
 _OUTPUTS = ("output", "response", "completion", "answer")
+_BEFORE = ("context", "input")  # what a question may be about
 _PAIRS = (
     ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("question", "response"),
     ("query", "response"), ("query", "answer"), ("problem", "solution"), ("prompt", "answer"),
@@ -31,6 +33,7 @@ def find_instances(file: File) -> Format | None:
     if not found:
         return None
     asked, nested = found.names
+    extra = beside(file, found.names)
 
     def read(row: Row) -> tuple[Conversation, ...]:
         instruction = text(row.values, asked)
@@ -38,22 +41,24 @@ def find_instances(file: File) -> Format | None:
         for i, item in enumerate(_items(row, nested, "{input, output}"), 1):
             try:
                 prompt = _joined(instruction, optional(item, "input"))
-                turns = (Turn("user", prompt), Turn("assistant", text(item, "output")))
+                turns = (*extra.opening(row), Turn("user", prompt), Turn("assistant", text(item, "output")))
                 several.append(conversation(turns, row, file.settings, file.chat))
             except BadRow as e:
                 raise BadRow(f"instance {i} of `{nested}`: {e}") from e
         return tuple(several)
 
-    return Format("instances", f"the columns {listed(found.names)}: each instance is one, {_how(file)}", read)
+    why = f"the columns {listed(found.names)}: each instance is one, {_how(file)}{extra.note}"
+    return Format("instances", why, read)
 
 
 def find_alpaca(file: File) -> Format | None:
-    """instruction, input (often empty), output; perhaps system and history."""
+    """instruction, input (often empty), output; perhaps system, history and reasoning."""
     found = match(file.columns, ("instruction",), _OUTPUTS)
     if not found:
         return None
     asked, answered = found.names
-    given = one(file.columns, "input", "context")
+    given = one(file.every, "input", "context")
+    extra = beside(file, (*found.names, given or ""), history=True, reasoning=True)
     shared = given is not None and _one_instruction(file, asked, given)
     why = f"the columns {listed([asked, *([given] if given else []), answered])}, {_how(file)}"
     if shared and given:
@@ -64,18 +69,17 @@ def find_alpaca(file: File) -> Format | None:
         why += f"; `{given}` follows `{asked}` on a new line, where there is one"
 
     def read(row: Row) -> tuple[Conversation, ...]:
-        # a column that only later rows have is not among the file's, and is still read
-        instruction, more = text(row.values, asked), optional(row.values, given or "input")
-        turns = _history(row)
-        system = optional(row.values, "system")
+        instruction, more = text(row.values, asked), optional(row.values, given)
+        turns = extra.opening(row)
         if shared:
-            system, instruction, more = "\n".join(s for s in (system, instruction) if s), more, ""
-        if system:
-            turns.insert(0, Turn("system", system))
-        turns += [Turn("user", _joined(instruction, more)), Turn("assistant", text(row.values, answered))]
+            own = turns.pop(0).content if turns and turns[0].role == "system" else ""
+            turns.insert(0, Turn("system", "\n".join(s for s in (own, instruction) if s)))
+            instruction, more = more, ""
+        answer = extra.answer(row, text(row.values, answered))
+        turns += [Turn("user", _joined(instruction, more)), answer]
         return (conversation(turns, row, file.settings, file.chat),)
 
-    return Format("alpaca", why + found.note, read)
+    return Format("alpaca", why + found.note + extra.note, read)
 
 
 def _joined(instruction: str, more: str) -> str:
@@ -90,36 +94,25 @@ def _one_instruction(file: File, asked: str, given: str) -> bool:
     )  # fmt: skip
 
 
-def _history(row: Row) -> list[Turn]:
-    """Earlier turns: [[user, assistant], …]."""
-    earlier = row.values.get("history") or []
-    if not isinstance(earlier, list):
-        raise BadRow(f"`history` is {type(earlier).__name__}; expected a list of [question, answer]")
-    turns: list[Turn] = []
-    for pair in earlier:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
-            raise BadRow(f"`history` holds {pair!r:.60}; expected [question, answer]")
-        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
-    return turns
-
-
 def find_reasoning(file: File) -> Format | None:
     """Question, Complex_CoT, Response and the like: the reasoning stands apart from the answer."""
     found = match(
         file.columns,
         ("question", "problem", "query", "prompt"),
-        ("complex_cot", "reasoning", "reasoning_content", "cot", "thinking", "think"),
+        REASONING,
         ("response", "answer", "completion", "solution"),
     )
     if not found:
         return None
     asked, thought, answered = found.names
     how = _how(file) if file.chat else "as plain text, the reasoning between <think> and </think>"
-    why = f"the columns {listed(found.names)}, `{thought}` as reasoning, {how}{found.note}"
+    extra = beside(file, found.names, before=_BEFORE, history=True)
+    why = f"the columns {listed(found.names)}, `{thought}` as reasoning, {how}{found.note}{extra.note}"
 
     def read(row: Row) -> tuple[Conversation, ...]:
         answer = Turn("assistant", text(row.values, answered), optional(row.values, thought))
-        turns = (Turn("user", text(row.values, asked)), answer)
+        question = extra.asked(row, text(row.values, asked))
+        turns = (*extra.opening(row), Turn("user", question), answer)
         return (conversation(turns, row, file.settings, file.chat),)
 
     return Format("reasoning", why, read)
@@ -134,15 +127,16 @@ def find_questions(file: File) -> Format | None:
     if nested is None:
         return None
     about = one(file.columns, "description", "context", "title")
-    used = listed([c for c in (about, nested) if c])
+    names = [c for c in (about, nested) if c]
+    used, extra = listed(names), beside(file, names)
     how = "one conversation a row" if file.chat else "one conversation a question"
-    why = f"the columns {used}: {how}, {_how(file)}"
+    why = f"the columns {used}: {how}, {_how(file)}{extra.note}"
     title = one(file.columns, "title")
     if title and title != about:
         why += f"; `{title}` is left out: it may name the answer"
 
     def read(row: Row) -> tuple[Conversation, ...]:
-        before = optional(row.values, about)
+        before, opening = optional(row.values, about), extra.opening(row)
         pairs: list[tuple[Turn, Turn]] = []
         for i, item in enumerate(_items(row, nested, "{question, answer}"), 1):
             try:
@@ -155,9 +149,9 @@ def find_questions(file: File) -> Format | None:
                 question = f"{before}\n{question}"
             pairs.append((Turn("user", question), Turn("assistant", answer)))
         if file.chat:
-            pairs_in_one = [turn for pair in pairs for turn in pair]
-            return (conversation(pairs_in_one, row, file.settings, True),)
-        return tuple(conversation(pair, row, file.settings, False) for pair in pairs)
+            turns = [*opening, *(turn for pair in pairs for turn in pair)]
+            return (conversation(turns, row, file.settings, True),)
+        return tuple(conversation((*opening, *pair), row, file.settings, False) for pair in pairs)
 
     return Format("questions", why, read)
 
@@ -174,7 +168,7 @@ def _items(row: Row, key: str, of: str) -> list[Mapping[str, Any]]:
 def find_pairs(file: File) -> Format | None:
     """Two columns; prompt and completion, and code in HumanEval's form, stand byte for byte where plain."""
     code = match(file.columns, ("prompt",), ("canonical_solution",))
-    if code and "completion" not in file.columns:
+    if code and not one(file.columns, "completion"):
         return _pair(file, "code", code.names, "code, as they stand", False)
     found = next((f for f in (match(file.columns, (a,), (b,)) for a, b in _PAIRS) if f), None)
     if not found:
@@ -186,33 +180,37 @@ def find_pairs(file: File) -> Format | None:
 
 def _pair(file: File, name: str, columns: tuple[str, ...], how: str, chat: bool) -> Format:
     asked, answered = columns
+    extra = beside(file, columns, before=_BEFORE, history=True, reasoning=True)
 
     def read(row: Row) -> tuple[Conversation, ...]:
-        turns = (Turn("user", text(row.values, asked)), Turn("assistant", text(row.values, answered)))
+        question = extra.asked(row, text(row.values, asked))
+        answer = extra.answer(row, text(row.values, answered))
+        turns = (*extra.opening(row), Turn("user", question), answer)
         return (conversation(turns, row, file.settings, chat, "" if name in EXACT else "\n"),)
 
-    return Format(name, f"the columns {listed(columns)}, {how}", read)
+    return Format(name, f"the columns {listed(columns)}, {how}{extra.note}", read)
 
 
 def find_text(file: File) -> Format | None:
     """`text` as it stands; with data.answer_after, cut into prompt and completion."""
-    if "text" not in file.columns:
+    column = one(file.columns, "text")
+    if column is None:
         return None
     after = file.settings.answer_after
 
     def read(row: Row) -> tuple[Conversation, ...]:
-        whole = text(row.values, "text")
+        whole = text(row.values, column)
         if after is None:
             if not whole.strip():
-                raise BadRow("`text` is empty")
+                raise BadRow(f"`{column}` is empty")
             return (Conversation((Turn("user", ""), Turn("assistant", whole)), True, row.at, markup=True),)
         head, separator, tail = whole.rpartition(after)
         if not separator:
-            raise BadRow(f"`text` does not contain {after!r} (data.answer_after)")
+            raise BadRow(f"`{column}` does not contain {after!r} (data.answer_after)")
         # Spaces between the two belong to the answer: tokenizers join a space to the word after it.
         head += separator
         prompt = head.rstrip(" ")
         turns = (Turn("user", prompt), Turn("assistant", head[len(prompt) :] + tail))
         return (replace(conversation(turns, row, file.settings, False, ""), markup=True),)
 
-    return Format("text", "the column `text`, special tokens in it taken as such", read)
+    return Format("text", f"the column `{column}`, special tokens in it taken as such", read)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from burnish.data.formats.columns import match, one
 from burnish.data.formats.values import File, listed
 from burnish.errors import UserError
 
@@ -39,26 +40,28 @@ def refuse(file: File) -> None:
 
 
 def _preferences(file: File) -> tuple[str, str] | None:
-    if not {"chosen", "rejected"} <= set(file.columns):
+    found = match(file.columns, ("chosen",), ("rejected",))
+    if not found:
         return None
-    lists = any(isinstance(row.values.get("chosen"), list) for row in file.rows[:100])
-    asked = next((c for c in ("prompt", "question", "instruction") if c in file.columns), "prompt")
+    good, bad = found.names
+    lists = any(isinstance(row.values.get(good), list) for row in file.rows[:100])
+    asked = one(file.columns, "prompt", "question", "instruction") or "prompt"
     keep = (
-        "data.columns='{messages: chosen}'"
+        f"data.columns='{{messages: {good}}}'"
         if lists
-        else f"data.prompt='{{{asked}}}' data.completion='{{chosen}}'"
+        else f"data.prompt='{{{asked}}}' data.completion='{{{good}}}'"
     )
     return (
-        "these are preference pairs (chosen, rejected); burnish trains on one answer per question",
-        f"keep `chosen` as the answer: {keep}",
+        f"these are preference pairs ({good}, {bad}); burnish trains on one answer per question",
+        f"keep `{good}` as the answer: {keep}",
     )
 
 
 def _labelled(file: File) -> tuple[str, str] | None:
-    label = next((c for c in ("label", "labels", "kto_tag") if c in file.columns), None)
+    label = one(file.columns, "label", "labels", "kto_tag")
     if label is None:
         return None
-    answer = next((c for c in _ANSWERS if c in file.columns), None)
+    answer = one(file.columns, *_ANSWERS)
     values = [row.values.get(label) for row in file.rows[:100]]
     if answer and any(isinstance(v, bool) for v in values):
         return (
@@ -66,7 +69,7 @@ def _labelled(file: File) -> tuple[str, str] | None:
             "burnish trains on good answers only",
             f"keep the rows whose `{label}` is true, and remove the column `{label}`",
         )
-    asked = next((c for c in ("text", "sentence", "content", "review") if c in file.columns), None)
+    asked = one(file.columns, "text", "sentence", "content", "review")
     if answer or asked is None:
         return None
     return (

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from burnish.data.conversation import Conversation, Turn
-from burnish.data.formats.values import BadRow, File, Format, conversation, finite
+from burnish.data.formats.values import BadRow, File, Format, conversation, finite, listed
 from burnish.data.rows import Row
 from burnish.errors import UserError
 from burnish.recipe import Data
@@ -35,7 +35,8 @@ def find(file: File) -> Format | None:
         turns = (Turn("user", fill(prompt, values)), Turn("assistant", fill(completion, values)))
         return (replace(conversation(turns, row, file.settings, chat, apart=""), markup=markup),)
 
-    return Format("template", "the recipe's prompt and completion templates", read)
+    why = f"the recipe's prompt and completion templates, with {listed(list(needed)) or 'no column'}"
+    return Format("template", why, read)
 
 
 def is_markup(settings: Data) -> bool:

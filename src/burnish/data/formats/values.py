@@ -21,7 +21,10 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class Format:
-    """How the rows of a file are read. read raises BadRow, and nothing else, for any value of a row."""
+    """How the rows of a file are read. read raises BadRow, and nothing else, for any value of a row.
+
+    why names, between back-quotes, each column that is read: what it does not name is told as not used.
+    """
 
     name: str
     why: str
@@ -30,10 +33,13 @@ class Format:
 
 @dataclass(frozen=True)
 class File:
-    """What a format is found from. columns: those of the first 100 rows, in order."""
+    """What a format is found from. columns: those of the first 100 rows, in order, which decide it. every:
+    those that hold something in some row of all, for what is optional in it.
+    """
 
     rows: Sequence[Row]
     columns: tuple[str, ...]
+    every: tuple[str, ...]
     settings: Data
     chat: bool  # conversations may go through the chat template
     path: str
