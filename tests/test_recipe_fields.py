@@ -37,7 +37,8 @@ def recipe_of(world: World, overrides: tuple[str, ...]) -> Recipe:
 
 def planned(world: World, overrides: tuple[str, ...], machine: Any = MACHINE) -> Any:
     recipe = recipe_of(world, overrides)
-    plan = make_plan(recipe, read_spec(expand(recipe.model)), machine, DataStats(20, 30, 600, 200, (30,) * 20))
+    stats = DataStats(20, 30, 600, 200, (30,) * 20)
+    plan = make_plan(recipe, read_spec(expand(recipe.model)), machine, stats)
     return {name: choice.value for name, choice in plan.choices().items()}, plan.total_bytes
 
 
@@ -234,7 +235,8 @@ def make(tmp_path: Path, tiny_folder: Path, another: Path) -> Callable[[str], Wo
         world.rows([{"prompt": f"question {i}", "completion": "the answer"} for i in range(8)], "same.jsonl")
         thought = {"prompt": "question 1", "completion": "<think>so</think>\nanswer 1"}
         world.rows([thought], "thought.jsonl")
-        world.rows([{"prompt": "question 1", "completion": "answer 1"}, {"prompt": "question 2"}], "bad.jsonl")
+        good = {"prompt": "question 1", "completion": "answer 1"}
+        world.rows([good, {"prompt": "question 2"}], "bad.jsonl")
         (root / "another").symlink_to(another)
         world.rows(
             [

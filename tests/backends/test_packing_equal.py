@@ -134,7 +134,8 @@ def test_rows_that_keep_their_length_are_attended_under_one_mask(
         return real(q, k, v, **how)
 
     monkeypatch.setattr("burnish.backends.torch.learner.keeps_padding", lambda device: True)
-    folder = tiny_model(tmp_path / "model", family, **({"sliding_window": 7} if family == "mistral" else {}))
+    narrow: dict[str, Any] = {"sliding_window": 7} if family == "mistral" else {}
+    folder = tiny_model(tmp_path / "model", family, **narrow)
     rng = np.random.default_rng(4)
     examples = [random_example(rng, n, 280) for n in (30, 9, 17, 25, 4, 12, 12, 2)]
     measured = Measured(tiny_plan(folder, train={"clip": None}), tmp_path)

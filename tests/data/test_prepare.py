@@ -1,4 +1,4 @@
-"""The whole way from files to examples: what is counted and told, and what questions asked later will have."""
+"""The whole way from files to examples: what is counted and told, and what later questions will have."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from burnish.data.formats import read_conversations
+from burnish.data.rows import Row
 from burnish.errors import UserError
 from burnish.recipe import Data
 from tests.data.reading import ANSWER, PQ, USER, read, said
@@ -61,3 +63,13 @@ def test_who_names_the_columns_is_not_refused() -> None:
 )
 def test_a_column_beside_is_no_reason_to_refuse(row: dict[str, Any]) -> None:
     assert len(read(row).conversations) == 1
+
+
+def test_a_lone_preference_pair_is_a_bad_row_and_a_file_of_them_is_refused() -> None:
+    good = {"prompt": "p", "completion": "c"}
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    read = read_conversations([Row(v, "f", i) for i, v in enumerate([good, pair, good], 1)], Data(), True)
+    assert [b.at for b in read.bad] == ["f:2"] and "preference pair" in read.bad[0].why
+    assert len(read.conversations) == 2
+    with pytest.raises(UserError, match="these are preference pairs"):
+        read_conversations([Row(v, "f", i) for i, v in enumerate([pair, pair, good], 1)], Data(), True)

@@ -272,3 +272,21 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"pip install 'burnish\[data\]'"):
         read(tmp_path, b"PAR1 and so on")
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "columns", "rows"),
+    [
+        ("Frage;Antwort;Bearbeiter\nWas kostet das?;Es kostet zwei Euro.;Frau Meier\n", ".csv",
+         ["Frage", "Antwort", "Bearbeiter"], 1),
+        ("hello,bonjour\nthank you,merci\n", ".csv", ["prompt", "completion"], 2),
+        ("What is it?,A lamp that burns.\nAnd this one?,A lamp that does not.\n", ".csv",
+         ["prompt", "completion"], 2),
+    ],
+)  # fmt: skip
+def test_a_header_in_words_that_nobody_knows_is_a_header(
+    text: str, suffix: str, columns: list[str], rows: int
+) -> None:
+    found = delimited(text, "f" + suffix, suffix)
+    assert found is not None
+    assert [list(v) for _, v in found[1] if isinstance(v, dict)] == [columns] * rows

@@ -32,7 +32,8 @@ def told(**changes: Any) -> dict[str, Any]:
     return {
         "recipe": "mine", "verdict": "4 rows to train on", "max_length": 64, "format": "messages",
         "why": "the column `messages`", "container": "JSON Lines", "template": "the model's own",
-        "template_why": "", "trimmed": 0, "held_out": False, "train": a_part(4), "valid": a_part(0),
+        "template_why": "", "trimmed": 0, "normalized": 0,
+        "thoughts_dropped": 0, "held_out": False, "train": a_part(4), "valid": a_part(0),
         "bad_rows": {"count": 0, "rows": []}, "warnings": [],
         "padding": {"unpacked": 0.25, "packed": 0.015, "row_length": 128},
         "examples": [

@@ -117,6 +117,10 @@ def data_text(told: Mapping[str, Any], show: int) -> Text:
     say(f"template: {told['template']}{why}")
     if told["trimmed"]:
         say(f"  outer white space of {told['trimmed']:,} texts is removed by it")
+    if told["normalized"]:
+        say(f"  the tokenizer brings the text of {told['normalized']:,} rows into a normal form of Unicode")
+    if told["thoughts_dropped"]:
+        say(f"  reasoning cut out of {told['thoughts_dropped']:,} answers (data.thinking: drop)")
     for title, part in (("training", told["train"]), ("validation", told["valid"])):
         if part["rows"] or part["dropped"]:
             for line in _part_lines(title, part, told["max_length"]):
@@ -128,7 +132,8 @@ def data_text(told: Mapping[str, Any], show: int) -> Text:
     padding = told["padding"]
     say(
         f"padding: {100 * padding['unpacked']:.1f} % of positions with one example a row, "
-        f"{100 * padding['packed']:.1f} % packed into rows of {padding['row_length']:,} (train.pack)"
+        f"{100 * padding['packed']:.1f} % packed into rows of {padding['row_length']:,} "
+        f"(train.pack={str(padding['asked']).lower()}; `burnish plan` says which, and why)"
     )
     for warning in told["warnings"]:
         say(f"warning: {warning['message']}", "yellow")

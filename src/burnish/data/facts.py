@@ -55,6 +55,8 @@ def facts(prepared: Prepared, recipe: Recipe, show: int = 0) -> dict[str, Any]:
         "template": prepared.template,
         "template_why": prepared.template_why,
         "trimmed": prepared.trimmed,
+        "normalized": prepared.normalized,
+        "thoughts_dropped": prepared.thoughts_dropped,
         "held_out": prepared.held_out,
         "train": _part(train, recipe.train.max_length),
         "valid": _part(valid, recipe.train.max_length),
@@ -143,7 +145,13 @@ def _padding(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     layout = lay_out(alone, "cpu", "torch", stats.longest, stats, lambda rows, length: True)
     rows, length = layout.micro_batch.value, layout.row_length.value
     found = padding_shares(stats.sizes, alone.batch_size, rows, alone.seed, length)
-    return {"unpacked": found.unpacked, "packed": found.packed, "micro_batch": rows, "row_length": length}
+    return {
+        "unpacked": found.unpacked,
+        "packed": found.packed,
+        "asked": recipe.train.pack,
+        "micro_batch": rows,
+        "row_length": length,
+    }
 
 
 def _pieces(example: Example, tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -245,7 +253,10 @@ def _left_out(told: dict[str, Any], max_length: int) -> Iterator[dict[str, Any]]
             "bad rows",
             f"{_count(bad['count'], 'row')} skipped that cannot be used (data.on_bad_row: skip)",
             "correct or remove them",
-            [f"{b['at']}: {b['why']}" for b in bad["rows"][:SHOWN]],
+            [
+                *(f"{b['at']}: {b['why']}" for b in bad["rows"][:SHOWN]),
+                *([f"… and {bad['count'] - SHOWN} more (--json lists all)"] if bad["count"] > SHOWN else []),
+            ],
         )
     limit = f"train.max_length={max_length}"
     for part, rows in ((told["train"], "training row"), (told["valid"], "validation row")):

@@ -68,6 +68,7 @@ class Prepared:
     tokenizer: Tokenizer
     asked_system: str | None = None  # data.system
     normalized: int = 0  # conversations whose text the tokenizer brings into a normal form of Unicode
+    thoughts_dropped: int = 0  # answers whose reasoning was cut out (data.thinking: drop)
 
     @property
     def system(self) -> str | None:
@@ -91,9 +92,10 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer) -> Prepared:
     if not settings.train:
         raise UserError("the recipe names no training data", "set data.train=FILE.jsonl")
     container, read, bad = _read(settings.train, recipe, tokenizer, settings.rows)
-    every = list(read.conversations)
+    every, cut = list(read.conversations), read.thoughts_dropped
     if settings.valid:
         _, valid_read, more = _read(settings.valid, recipe, tokenizer, None)
+        cut += valid_read.thoughts_dropped
         every, bad = [*every, *valid_read.conversations], [*bad, *more]
     every, changed = _normal(every, tokenizer)
     chosen = choose(tokenizer, every)
@@ -140,6 +142,7 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer) -> Prepared:
         chosen.tokenizer,
         settings.system,
         changed,
+        cut,
     )
 
 

@@ -28,6 +28,7 @@ _TABLES = {".csv": ",;\t", ".tsv": "\t,;", ".tab": "\t,;"}  # delimiters in the 
 _SEPARATOR_LINE = re.compile(r"sep=([,;\t])[ \t]*\n")  # Excel's own first line
 _LONGEST_CELL = 2**31 - 1  # csv's own limit of 131,072 characters is shorter than a long document
 _SAMPLED = 30
+_A_NAME = re.compile(r"[^\W\d][\w.()/-]{0,23}(?: [\w.()/-]{1,23})?")
 
 
 def delimited(
@@ -60,8 +61,13 @@ def _delimited(text: str, file: str, suffix: str, names: frozenset[str]) -> tupl
         delimiter = _guess_delimiter(lines, begin, delimiters) if table else _tabbed(text)
         if not delimiter:
             return None
-        columns = _unnamed(_width(lines, begin, delimiter), file)
         spaced = False
+        header = _foreign_header(lines, begin, delimiter)
+        if header:
+            _, columns, begin, _ = header
+            _check_columns(columns, file)
+        else:
+            columns = _unnamed(_width(lines, begin, delimiter), file)
     items: list[Item] = []
     for line, cells in _records(lines, begin, delimiter, spaced):
         if isinstance(cells, str) and delimiter == "\t":
@@ -121,6 +127,28 @@ def _find_header(
             spaced = f"{delimiter} " in lines[line - 1]
             found.append((delimiter, named, line + sum(c.count("\n") for c in cells), spaced))
     return max(found, key=lambda f: len(f[1]), default=None)
+
+
+def _foreign_header(
+    lines: Sequence[str], begin: int, delimiter: str
+) -> tuple[str, tuple[str, ...], int, bool] | None:
+    """The first line as a header of names that nobody knows ("Frage;Antwort"): short words over sentences.
+
+    A row of such words above rows of the same kind (a list of vocabulary) is a row.
+    """
+    sample = list(islice(_records(lines, begin, delimiter), _SAMPLED))
+    first, *rest = [
+        (line, [c.strip() for c in cells]) for line, cells in sample if not isinstance(cells, str)
+    ]
+    line, columns = first
+    filled = [c for c in columns if c]
+    if len(filled) < 2 or len({*filled}) < len(filled) or not all(map(_A_NAME.fullmatch, filled)) or not rest:
+        return None
+    below = zip(columns, *(cells for _, cells in rest if len(cells) == len(columns)), strict=True)
+    sentences = [sum(len(c.split()) > 2 for c in cells) > len(cells) // 2 for _, *cells in below]
+    if not any(sentences):
+        return None
+    return delimiter, tuple(c or f"column {i}" for i, c in enumerate(columns, 1)), line, False
 
 
 def _check_columns(columns: Sequence[str], file: str) -> None:

@@ -131,6 +131,10 @@ def _reading(told: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("trimmed", f"{told['trimmed']:,} texts lose outer white space to the template"))
     if told["held_out"]:
         rows.append(("validation", "taken from the training rows (data.valid_share)"))
+    if told["normalized"]:
+        rows.append(("normalised", f"{told['normalized']:,} rows differ in their normal form of Unicode"))
+    if told["thoughts_dropped"]:
+        rows.append(("reasoning", f"cut out of {told['thoughts_dropped']:,} answers (data.thinking: drop)"))
     padding = told["padding"]
     shares = f"{100 * padding['unpacked']:.1f} % of positions with one example a row"
     packed = f"{100 * padding['packed']:.1f} % packed into rows of {padding['row_length']:,} (train.pack)"

@@ -96,8 +96,8 @@ def attention(
 
     lengths = segments.lengths
     if segments.mask_BTT is not None:
-        n = len(segments.mask_BTT)
-        out = _joined(attend(*(_split(t, n) for t in (query, key, value)), segments.mask_BTT[:, None]))
+        q, k, v = (_split(t, len(segments.mask_BTT)) for t in (query, key, value))
+        out = _joined(attend(q, k, v, segments.mask_BTT[:, None]))
     elif len(lengths) == 1:
         out = attend(query, key, value)
     elif len(set(lengths)) == 1:

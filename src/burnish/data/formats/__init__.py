@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from burnish.data.conversation import Conversation, Turn
 from burnish.data.formats import chat, choice, pairs, templates
 from burnish.data.formats.columns import filled_in, names_in, renamed, unused
-from burnish.data.formats.refusals import refuse
+from burnish.data.formats.refusals import lone_preferences, refuse
 from burnish.data.formats.templates import fields, fill
 from burnish.data.formats.values import BadRow, File, Format, check_texts, ended, with_system
 from burnish.data.names import STANDARD
@@ -72,10 +72,12 @@ def read_conversations(rows: Sequence[Row], settings: Data, chat_template: bool)
             "set data.chat_template=never, or use an instruct model",
         )
     rows = renamed(rows, settings.columns, keep=settings.prompt is not None)
+    odd = [] if settings.columns or settings.prompt else lone_preferences(rows)
+    rows = [row for row in rows if row not in odd] if odd else rows
     every = filled_in(rows)
     found = _choose(rows, every, settings, takes_chat(settings, chat_template))
     conversations: list[Conversation] = []
-    bad: list[Bad] = []
+    bad = [Bad(row.at, "a preference pair (chosen, rejected); expected one answer") for row in odd]
     dropped = 0
     for row in rows:
         try:

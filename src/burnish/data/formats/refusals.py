@@ -6,11 +6,12 @@ The way past a refusal is data.columns, or templates: who names the columns has 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from burnish.data.formats.columns import match, one
 from burnish.data.formats.values import File, listed
+from burnish.data.rows import Row
 from burnish.errors import UserError
 
 _ANSWERS = (
@@ -37,6 +38,12 @@ def refuse(file: File) -> None:
         found = look(file)
         if found:
             raise UserError(f"{file.path}: {found[0]}", found[1])
+
+
+def lone_preferences(rows: Sequence[Row]) -> list[Row]:
+    """Preference pairs among rows of which most are something else: bad rows, not a file to refuse."""
+    found = [r for r in rows if r.values.get("chosen") is not None and r.values.get("rejected") is not None]
+    return found if 2 * len(found) < len(rows) else []
 
 
 def _preferences(file: File) -> tuple[str, str] | None:
