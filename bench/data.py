@@ -81,6 +81,8 @@ def with_template(model: Path, template: Path, out: Path) -> Path:
     inner.chat_template = text
     inner.save_pretrained(str(out))
     shutil.copy(model / "config.json", out)
+    for weights in model.glob("*.safetensors"):  # only their headers are read
+        (out / weights.name).symlink_to(weights.absolute())
     return out
 
 

@@ -203,7 +203,13 @@ Break = Callable[[pytest.MonkeyPatch], None]
 def tokens_become(change: Change) -> Break:
     """A renderer that does this to its tokens and to the ranges of the answers in them."""
     real = Renderer._tokens
-    return lambda patch: patch.setattr(Renderer, "_tokens", lambda self, layout: change(*real(self, layout)))
+
+    def broken(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(Renderer, "_tokens", lambda self, layout: change(*real(self, layout)))
+        # The proof is to find it alone, without what is checked of rows that are cut at their answers.
+        patch.setattr(Renderer, "_check_prompts", lambda *a: None)
+
+    return broken
 
 
 def conversation_becomes(**contents: str) -> Break:

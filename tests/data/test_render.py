@@ -14,9 +14,9 @@ from burnish.data.conversation import Conversation, Turn
 from burnish.data.render import Renderer
 from burnish.data.template import Unproven
 from burnish.errors import UserError
-from burnish.models.tokenizer import Tokenizer
+from burnish.models.tokenizer import Tokenizer, load_tokenizer
 from tests.data.templates import faults, runs
-from tests.tiny import CHATML, tiny_tokenizer
+from tests.tiny import CHATML, tiny_model, tiny_tokenizer
 
 CHAT = Conversation(
     (Turn("system", "Be brief."), Turn("user", "One?"), Turn("assistant", "Yes. "), Turn("user", "Two?"),
@@ -340,3 +340,18 @@ def test_outer_white_space_that_the_template_takes_is_counted(folder: Path) -> N
     assert renderer.trimmed == 1
     assert [renderer._tokenizer.decode(example.tokens[a:b].tolist(), True) for a, b in runs(example)] == [
         "Yes.<|im_end|>", "<think>\nhm\n</think>\nNo.<|im_end|>"]  # fmt: skip
+
+
+def test_prompts_after_an_answer_are_cut_as_the_row_was(tmp_path: Path) -> None:
+    """With a token of three newlines, an answer that begins with two merges with the template's own."""
+    from tokenizers import AddedToken
+
+    merging = load_tokenizer(tiny_model(tmp_path / "model"))
+    merging._backend.add_tokens([AddedToken("\n\n\n", special=False, normalized=False)])  # type: ignore
+    renderer = Renderer(merging, "assistant")
+    turns = (Turn("user", "q"), Turn("assistant", "\n\nfoo"), Turn("user", "r"), Turn("assistant", "\n\nbar"))
+    tokens = renderer.example(Conversation(turns, False, "x")).tokens.tolist()
+    assert tokens != merging.encode(renderer.layout(Conversation(turns, False, "x")).text)
+    for n in (1, 3):
+        prompt = renderer.prompt(Conversation(turns[:n], False, "x"))
+        assert tokens[: len(prompt)] == prompt

@@ -12,6 +12,7 @@ special token, it is cut there and tokenised in pieces: the look-alike, cut in t
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import Literal
 
@@ -45,6 +46,8 @@ class Renderer:
         self.trimmed += layout.trimmed
         bos = self._bos(conversation)
         tokens, spans = self._tokens(layout)
+        if len(spans) > 1 and tokens != self._encode(layout.pieces):
+            self._check_prompts(layout, tokens, spans)
         tokens = [*bos, *tokens]
         weights = np.zeros(len(tokens), np.float32)
         for answer, (start, end) in zip(layout.answers, spans, strict=True):
@@ -80,17 +83,17 @@ class Renderer:
     def prompt(self, conversation: Conversation) -> list[int]:
         """Tokens up to where the assistant's next answer begins. Raises UserError where there is no such."""
         if conversation.plain:
-            pieces = _plain("".join(t.content for t in conversation.turns), "asked", conversation)
+            layout = Layout(_plain("".join(t.content for t in conversation.turns), "asked", conversation), ())
         else:
             try:
                 if self.template is None:
                     raise Unproven("the tokenizer has no chat template")
-                pieces = self.template.prompt(conversation).pieces
+                layout = self.template.prompt(conversation)
             except Unproven as e:
                 raise UserError(
                     f"{conversation.at}: {e}", "ask it another way, or set data.chat_template=never"
                 ) from e
-        ids = self._bos(conversation) + self._encode(pieces)
+        ids = self._bos(conversation) + self._tokens(layout)[0]
         if ids:
             return ids
         if self._tokenizer.eos_id is None:
@@ -135,12 +138,17 @@ class Renderer:
             tokens += self._encode(_first(layout.pieces, answer.end, answer.start))
             spans.append((start, len(tokens)))
             at = answer.end
-            if self._encode(_first(layout.pieces, answer.start)) != tokens[:start]:
+        return tokens + self._encode(_first(layout.pieces, sys.maxsize, at)), spans
+
+    def _check_prompts(self, layout: Layout, tokens: list[int], spans: Sequence[tuple[int, int]]) -> None:
+        """A row that is cut at its answers: each prompt, which is cut at those before it, begins it."""
+        for n, (answer, (start, _)) in enumerate(zip(layout.answers, spans, strict=True)):
+            asked = Layout(tuple(_first(layout.pieces, answer.start)), layout.answers[:n])
+            if self._tokens(asked)[0] != tokens[:start]:
                 raise Unproven(
                     f"the tokens of the prompt of turn {answer.turn + 1} are no beginning of the row's: "
                     "the tokenizer merges across the end of an answer"
                 )
-        return tokens, spans
 
     def _encode(self, pieces: Sequence[Piece]) -> list[int]:
         tokens: list[int] = []

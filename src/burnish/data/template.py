@@ -126,8 +126,16 @@ class ChatTemplate:
         return self._first(conversation, self._laid_out)
 
     def prompt(self, conversation: Conversation) -> Layout:
-        """Text up to where the next answer begins. Raises Unproven."""
-        return self._first(conversation, self._asked)
+        """Text up to where the next answer begins, with the answers before it. Raises Unproven."""
+        asked = self._first(conversation, self._asked)
+        last = max((i for i, t in enumerate(conversation.turns) if t.role == "assistant"), default=-1)
+        if last < 1:
+            return asked
+        try:
+            before = self.layout(replace(conversation, turns=conversation.turns[: last + 1]))
+        except Unproven:  # no row of this template would be trained so; it can be asked all the same
+            return asked
+        return replace(asked, answers=before.answers) if asked.text.startswith(before.text) else asked
 
     def frame(self, turns: Sequence[Turn], ask: bool = False, reasoning: str = "reasoning_content") -> Frame:
         """What the template writes around these turns' texts. Raises Unproven, Refused."""
