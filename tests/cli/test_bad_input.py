@@ -253,7 +253,7 @@ def rows_column_holds_a_list(w: World) -> list[str]:
 
 @bad(
     "2 of 3 rows cannot be used", "data.jsonl:1: the completion is empty",
-    "data.jsonl:3: `completion` is NoneType, expected text", "→ correct or remove",
+    "data.jsonl:3: `completion` is null, expected text", "→ correct or remove",
 )  # fmt: skip
 def rows_empty_completion(w: World) -> list[str]:
     w.rows([{"prompt": "a", "completion": " \n"}, PAIRS[0], {"prompt": "a", "completion": None}])

@@ -88,13 +88,13 @@ def call(arguments: object) -> dict[str, Any]:
         ({**ANSWER, "weight": float("nan")}, "`weight` is nan"),
         ({**ANSWER, "weight": 10**400}, "`weight` is 1000"),
         ({**ANSWER, "train": 1}, "`train` is 1; expected true or false"),
-        ({**ANSWER, "reasoning": 1.5, "content": [3]}, "a part that is int"),
+        ({**ANSWER, "reasoning": 1.5, "content": [3]}, "a part that is a number"),
         (call("[1]"), "the arguments of 'f' are '[1]'; expected JSON of an object"),
         (call("{x"), "the arguments of 'f' is not JSON"),
         (call("[" * 100_000), "is not JSON"),
         (call({"x": float("nan")}), "cannot be written as JSON"),
         ({"role": "assistant", "tool_calls": [{"arguments": {}}]}, "a tool call is"),
-        ({"role": "assistant", "tool_calls": {}, "content": 1}, "`content` is int"),
+        ({"role": "assistant", "tool_calls": {}, "content": 1}, "`content` is a number"),
         ({"role": "assistant"}, "message 2 (assistant) has no text in `content`"),
         ({"role": "assistant", "content": ""}, "says nothing"),
         ({"role": "user", "content": "x", "reasoning": "y"}, "only the assistant can"),
@@ -150,7 +150,7 @@ def test_prompt_and_completion_of_messages_train_the_completion() -> None:
     assert said(found)[-1] == ("assistant", "c")
     for chat in (True, False):  # the first row says which it is
         mixed = read(PQ, {"prompt": [USER], "completion": [ANSWER]}, chat=chat)
-        assert [b.why for b in mixed.bad] == ["`prompt` is list, expected text"]
+        assert [b.why for b in mixed.bad] == ["`prompt` is an array, expected text"]
 
 
 def test_a_system_column_is_the_system_message_of_messages() -> None:

@@ -255,7 +255,7 @@ def test_an_empty_column_says_nothing_of_the_format() -> None:
     assert (
         read({"messages": None, "images": [], "prompt": "a", "completion": "b"}).format == "prompt/completion"
     )
-    assert why_bad(read({"prompt": "a", "completion": None})) == "`completion` is NoneType, expected text"
+    assert why_bad(read({"prompt": "a", "completion": None})) == "`completion` is null, expected text"
 
 
 # ---- anything at all

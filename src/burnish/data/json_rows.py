@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from typing import Any
 
+from burnish.data.names import kind
+
 Item = tuple[int, dict[str, Any] | str]
 
 _DECODER = json.JSONDecoder()
@@ -204,7 +206,7 @@ def _row(value: Any) -> dict[str, Any] | str:
     if isinstance(value, dict | _Broken):
         return value
     speaker = _bare(value)
-    return {_COLUMN[speaker]: value} if speaker else f"expected an object {{…}}, got {_kind(value)}"
+    return {_COLUMN[speaker]: value} if speaker else f"expected an object {{…}}, got {kind(value)}"
 
 
 def _bare(value: Any) -> str:
@@ -234,8 +236,3 @@ def _broken(error: ValueError | RecursionError) -> _Broken:
     if isinstance(error, json.JSONDecodeError):
         return _Broken(f"not JSON: {error.msg} at column {error.colno}")
     return _Broken(f"not JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}")
-
-
-def _kind(value: Any) -> str:
-    names = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "a truth value"}
-    return names.get(type(value), "null")

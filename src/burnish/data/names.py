@@ -5,6 +5,8 @@ Letter case does not count: `is_known("Prompt")`.
 
 from __future__ import annotations
 
+from typing import Any
+
 # What some format reads: also the names that data.columns can give.
 STANDARD = (
     "messages", "conversations", "conversation", "tools", "functions", "system", "prompt", "completion",
@@ -34,3 +36,9 @@ def is_known(name: str) -> bool:
 def is_told(name: str) -> bool:
     """Whether a column of this name may hold what a row is about, so that leaving it out needs a word."""
     return name.lower() in STANDARD or name.lower() in CONTENT
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {list: "an array", dict: "an object", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")

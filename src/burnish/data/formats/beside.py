@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from burnish.data.conversation import Turn
 from burnish.data.formats.columns import one
 from burnish.data.formats.values import BadRow, File, optional, parsed
+from burnish.data.names import kind
 from burnish.data.rows import Row
 
 REASONING = ("complex_cot", "reasoning", "reasoning_content", "cot", "thinking", "think")
@@ -88,7 +89,7 @@ def _earlier(row: Row, column: str | None) -> list[Turn]:
     value = row.values.get(column) if column else None
     earlier = parsed(value, f"`{column}`") if value else []
     if not isinstance(earlier, list):
-        raise BadRow(f"`{column}` is {type(earlier).__name__}; expected a list of [question, answer]")
+        raise BadRow(f"`{column}` is {kind(earlier)}; expected a list of [question, answer]")
     turns: list[Turn] = []
     for pair in earlier:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):

@@ -20,6 +20,7 @@ from burnish.data.formats.values import (
     text,
     with_system,
 )
+from burnish.data.names import kind as kind_of
 from burnish.data.rows import Row
 from burnish.errors import UserError
 from burnish.recipe import Data
@@ -169,7 +170,7 @@ def _content(content: Any) -> tuple[str, str, tuple[ToolCall, ...]]:
     if content is None or isinstance(content, str):
         return content or "", "", ()
     if not isinstance(content, list):
-        raise BadRow(f"`content` is {type(content).__name__}; expected text or a list of parts")
+        raise BadRow(f"`content` is {kind_of(content)}; expected text or a list of parts")
     said: list[str] = []
     thoughts: list[str] = []
     calls: list[ToolCall] = []
@@ -183,7 +184,7 @@ def _content(content: Any) -> tuple[str, str, tuple[ToolCall, ...]]:
             value = parsed(part.get("value"), "the value of a tool_call")
             calls += [_call(v) for v in (value if isinstance(value, list) else [value])]
         else:
-            got = f"of type {kind!r:.40}" if isinstance(part, dict) else f"that is {type(part).__name__}"
+            got = f"of type {kind!r:.40}" if isinstance(part, dict) else f"that is {kind_of(part)}"
             raise BadRow(f"a part {got}; burnish trains on text: expected text, reasoning or tool_call")
     return "".join(said), "".join(thoughts), tuple(calls)
 
@@ -196,7 +197,7 @@ def _calls(message: Mapping[str, Any]) -> tuple[ToolCall, ...]:
     """`tool_calls`, or OpenAI's older `function_call`."""
     calls = parsed(message.get("tool_calls"), "`tool_calls`") or []
     if not isinstance(calls, list):
-        raise BadRow(f"`tool_calls` is {type(calls).__name__}, expected a list")
+        raise BadRow(f"`tool_calls` is {kind_of(calls)}, expected a list")
     older = message.get("function_call")
     return tuple(_call(c) for c in itertools.chain(calls, [] if older is None else [older]))
 
@@ -233,7 +234,7 @@ def _tools(value: Any, key: str) -> tuple[str, ...]:
     if tools is None:
         return ()
     if not isinstance(tools, list):
-        raise BadRow(f"`{key}` is {type(tools).__name__}; expected a list of tools, or JSON text of one")
+        raise BadRow(f"`{key}` is {kind_of(tools)}; expected a list of tools, or JSON text of one")
     found: list[str] = []
     for tool in (parsed(t, f"a tool of `{key}`") for t in tools):
         inner = tool.get("function", tool) if isinstance(tool, dict) else None

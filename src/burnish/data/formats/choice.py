@@ -15,6 +15,7 @@ from burnish.data.conversation import Conversation, Turn
 from burnish.data.formats.beside import beside
 from burnish.data.formats.columns import match, one
 from burnish.data.formats.values import BadRow, File, Format, conversation, listed, optional, text
+from burnish.data.names import kind
 from burnish.data.rows import Row
 
 _LINE = re.compile(r"\(([A-Z])\)\s*|([A-Z])\s*[.:、．：)）]\s*")
@@ -77,7 +78,7 @@ def _options(value: Any, key: str) -> dict[str, str]:
     if isinstance(value, list):
         value = {chr(ord("A") + i): v for i, v in enumerate(value[:26])}
     if not isinstance(value, dict):
-        raise BadRow(f"`{key}` is {type(value).__name__}; expected a list, a mapping, or lines '(A) …'")
+        raise BadRow(f"`{key}` is {kind(value)}; expected a list, a mapping, or lines '(A) …'")
     found = {str(letter): optional(value, letter) for letter in value}
     return _at_least_two({k: v for k, v in found.items() if v}, key)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from burnish.data.conversation import Conversation, Turn
+from burnish.data.names import kind
 from burnish.data.rows import Row
 from burnish.recipe import Data
 
@@ -52,9 +53,7 @@ def text(values: Mapping[str, Any], key: str) -> str:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and finite(value):
         return str(value)
-    raise BadRow(
-        f"`{key}` " + ("is missing" if key not in values else f"is {type(value).__name__}, expected text")
-    )
+    raise BadRow(f"`{key}` " + ("is missing" if key not in values else f"is {kind(value)}, expected text"))
 
 
 def optional(values: Mapping[str, Any], key: str | None) -> str:
