@@ -290,3 +290,8 @@ def test_a_header_in_words_that_nobody_knows_is_a_header(
     found = delimited(text, "f" + suffix, suffix)
     assert found is not None
     assert [list(v) for _, v in found[1] if isinstance(v, dict)] == [columns] * rows
+
+
+def test_a_table_of_one_broken_cell_is_a_bad_row() -> None:
+    found = delimited('"', "f.csv", ".csv")
+    assert found is not None and [isinstance(v, str) for _, v in found[1]] == [True]

@@ -104,8 +104,17 @@ def test_a_row_is_near_what_a_step_needs_and_no_longer_than_memory_allows() -> N
     tight = laid_out(lengths, "cuda", room=384, pack=True)
     assert tight.row_length.value <= 384 and "memory allows no more" in tight.row_length.reason
     assert laid_out(lengths, "cuda", room=64, pack=True).row_length.value == 256, "the longest must fit"
-    busy = laid_out(lengths, "mps", pack=True, batch_size=256)
+    busy = laid_out(lengths, "cpu", pack=True, batch_size=256)
     assert 1536 <= busy.row_length.value <= 2560, "no product is faster with more than 2048"
+
+
+def test_rows_under_one_mask_are_shorter_where_they_pad_as_little() -> None:
+    lengths = [2 + i % 200 for i in range(1000)]
+    free, masked = (laid_out(lengths, device, pack=True, batch_size=64) for device in ("cpu", "mps"))
+    assert 199 < masked.row_length.value < free.row_length.value
+    assert "under one mask" in masked.row_length.reason
+    dear = laid_out([2040] * 100, "mps", pack=True, batch_size=64)
+    assert dear.row_length.value == 2048, "the longest must fit"
 
 
 def test_mps_packs_where_less_is_computed_and_says_how_much() -> None:

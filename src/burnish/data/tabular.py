@@ -136,15 +136,15 @@ def _foreign_header(
 
     A row of such words above rows of the same kind (a list of vocabulary) is a row.
     """
-    sample = list(islice(_records(lines, begin, delimiter), _SAMPLED))
-    first, *rest = [
-        (line, [c.strip() for c in cells]) for line, cells in sample if not isinstance(cells, str)
-    ]
-    line, columns = first
-    filled = [c for c in columns if c]
-    if len(filled) < 2 or len({*filled}) < len(filled) or not all(map(_A_NAME.fullmatch, filled)) or not rest:
+    sample = islice(_records(lines, begin, delimiter), _SAMPLED)
+    whole = [(line, [c.strip() for c in cells]) for line, cells in sample if not isinstance(cells, str)]
+    if len(whole) < 2:
         return None
-    below = zip(columns, *(cells for _, cells in rest if len(cells) == len(columns)), strict=True)
+    line, columns = whole[0]
+    filled = [c for c in columns if c]
+    if len(filled) < 2 or len({*filled}) < len(filled) or not all(map(_A_NAME.fullmatch, filled)):
+        return None
+    below = zip(columns, *(cells for _, cells in whole[1:] if len(cells) == len(columns)), strict=True)
     sentences = [sum(len(c.split()) > 2 for c in cells) > len(cells) // 2 for _, *cells in below]
     if not any(sentences):
         return None

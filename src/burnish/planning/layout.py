@@ -33,6 +33,9 @@ PACK_WINDOW = 32  # optimizer steps whose examples are packed together
 # The row length is looked for among this many lengths, on this many windows drawn from the data: a fraction
 # of a second for ten thousand examples.
 CANDIDATES, SAMPLES = 16, 3
+# Rows so long that attention under one mask costs as much as all else in a layer: 6 × the hidden size by
+# operations, less where scores are written to memory. Small models are the worst off, so it is theirs.
+MASK_DOUBLES = 2048
 
 
 Fits = Callable[[int, int], bool]  # (rows, length): a forward pass of that size has room
@@ -166,12 +169,18 @@ def _row_length(train: Train, device: str, longest: int, windows: list[list[int]
     wanted = round(min(size * real / count, ENOUGH_TOKENS[device]))
     high = max(least, up(wanted * 5 // 4))
     fitting = largest(high // BUCKET, lambda n: fits(1, n * BUCKET), least // BUCKET) * BUCKET
-    candidates = range(min(max(least, up(wanted * 3 // 4)), fitting), fitting + 1, BUCKET)
+    # Where rows are attended under one mask, a position costs more the longer its row; elsewhere it does not.
+    masked = device in PADDED
+    low = least if masked else max(least, up(wanted * 3 // 4))
+    candidates = range(min(low, fitting), fitting + 1, BUCKET)
     candidates = candidates[:: -(-len(candidates) // CANDIDATES)]
-    length = min(candidates, key=lambda n: _largest_steps(windows, size, n))
+    dear = (lambda n: 1 + n / MASK_DOUBLES) if masked else lambda n: 1
+    length = min(candidates, key=lambda n: dear(n) * _largest_steps(windows, size, n))
     empty = 1 - real / _packed_positions(windows, size, length)
     if wanted <= least:
         why = "the longest example decides"
+    elif masked and length < wanted * 3 // 4:
+        why = "long rows under one mask attend more than they save"
     elif fitting < high:
         why = "memory allows no more"
     else:
