@@ -1,4 +1,4 @@
-"""A model whose chat template cuts reasoning out of answers: what is trained, stored, asked and gone on with."""
+"""A model whose chat template cuts reasoning out: what is trained, stored, asked and gone on with."""
 
 from __future__ import annotations
 
