@@ -104,7 +104,6 @@ def _candidates(tokenizer: Tokenizer, thinks: bool) -> Iterator[tuple[str, Token
     probes = _probe(ChatTemplate(tokenizer))
     if probes is None:
         return
-    # What the answers are closed with must end an answer when the model is asked, too.
     yield "burnish's plain training template", tokenizer.with_template(_plain(probes))
     yield "the model's own around hidden answers", tokenizer.with_template(_hidden(own, probes))
 
