@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
-
 from burnish.machine.probe import probe
 from burnish.models.spec import ModelSpec, TensorInfo, linears_of
+from burnish.planning.engine import MARGIN
 from burnish.planning.plan import DataStats, Plan, make_plan
 from burnish.recipe import parse
 
@@ -19,10 +18,13 @@ QWEN2 = {
     "1.5b": (1536, 28, 12, 2, 8960, 151936),
     "7b": (3584, 28, 28, 4, 18944, 152064),
     "14b": (5120, 48, 40, 8, 13824, 152064),
+    "32b": (5120, 64, 40, 8, 27648, 152064),
 }
 
 
-def config(name: str) -> Qwen2Config:
+def config(name: str) -> Any:
+    from transformers import Qwen2Config
+
     hidden, layers, heads, kv, inner, words = QWEN2[name]
     return Qwen2Config(
         hidden_size=hidden,
@@ -38,8 +40,11 @@ def config(name: str) -> Qwen2Config:
     )
 
 
-def random_model(name: str, device: str, dtype: torch.dtype, attention: str) -> Any:
-    """The model on its device with random weights of standard deviation 0.02."""
+def random_model(name: str, device: str, dtype: Any, attention: str) -> Any:
+    """The model on its device with random weights of standard deviation 0.02, as transformers makes it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -50,34 +55,42 @@ def random_model(name: str, device: str, dtype: torch.dtype, attention: str) -> 
         torch.set_default_dtype(before)
 
 
-def plan_for(name: str, length: int, overrides: list[str]) -> Plan:
-    """What burnish plans for this model on this machine, every token a target."""
+def plan_for(name: str, length: int, overrides: list[str], budget_bytes: int = 0) -> Plan:
+    """What burnish plans for this model on this machine, every token a target.
+
+    budget_bytes: of GPU memory, as if no more were there.
+    """
     recipe = parse("data: {loss_on: all}", "bench", [f"train.max_length={length}", *overrides])
-    return make_plan(recipe, spec(name), probe(Path.cwd()), DataStats(1, length, length, length))
+    machine = probe(Path.cwd())
+    if budget_bytes:
+        free = int(budget_bytes / (1 - MARGIN["cuda"]))
+        machine = replace(machine, gpus=tuple(replace(g, free_bytes=free) for g in machine.gpus))
+    return make_plan(recipe, spec(name), machine, DataStats(1, length, length, length))
 
 
 def spec(name: str) -> ModelSpec:
-    c = config(name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(c)
-    tensors = {k: TensorInfo("BF16", tuple(v.shape), "random") for k, v in model.state_dict().items()}
+    hidden, layers, heads, kv, inner, words = QWEN2[name]
+    narrow = kv * hidden // heads
+    linears = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (narrow, hidden),
+        "self_attn.v_proj": (narrow, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    layer = {f"{k}.weight": shape for k, shape in linears.items()}
+    layer |= {f"self_attn.{k}_proj.bias": (linears[f"self_attn.{k}_proj"][0],) for k in "qkv"}
+    layer |= {f"{k}_layernorm.weight": (hidden,) for k in ("input", "post_attention")}
+    shapes = {"model.embed_tokens.weight": (words, hidden), "lm_head.weight": (words, hidden)}
+    shapes |= {"model.norm.weight": (hidden,)}
+    shapes |= {f"model.layers.{i}.{k}": shape for i in range(layers) for k, shape in layer.items()}
+    tensors = {k: TensorInfo("BF16", shape, "random") for k, shape in shapes.items()}
     return ModelSpec(
-        Path("random"),
-        "qwen2",
-        "Qwen2ForCausalLM",
-        c.num_hidden_layers,
-        c.hidden_size,
-        c.intermediate_size,
-        c.num_attention_heads,
-        QWEN2[name][3],
-        c.hidden_size // c.num_attention_heads,
-        c.vocab_size,
-        c.max_position_embeddings,
-        False,
-        (),
-        tensors,
-        linears_of(tensors),
-    )
+        Path("random"), "qwen2", "Qwen2ForCausalLM", layers, hidden, inner, heads, kv, hidden // heads, words,
+        131072, False, (), tensors, linears_of(tensors),
+    )  # fmt: skip
 
 
 __all__ = ["QWEN2", "plan_for", "random_model", "spec"]

@@ -14,13 +14,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from burnish.machine.blas import use_openblas
 from tests.tiny import tiny_model
 from tests.training.forks import Forks
 from tests.world import World
+
+with suppress(ModuleNotFoundError):
+    import torch  # noqa: F401  (first: what is loaded next would change its bits)
+use_openblas()  # before any test imports mlx
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from burnish.data.prepare import prepare
 from burnish.errors import UserError
+from burnish.inference.generate import sampling
 from burnish.machine.probe import Gpu
 from burnish.models.spec import read_spec
 from burnish.models.tokenizer import load_tokenizer
@@ -56,6 +57,13 @@ def prepared(world: World, overrides: tuple[str, ...]) -> Any:
         [(e.tokens.tolist(), e.weights.tolist()) for e in part.examples]
         for part in (found.train, found.valid)
     ]
+
+
+def sampled(world: World, overrides: tuple[str, ...]) -> Any:
+    """How a planned run chooses its tokens."""
+    recipe = recipe_of(world, overrides)
+    planned(world, overrides)
+    return sampling(recipe.generation, load_tokenizer(expand(recipe.model)))
 
 
 def trained(world: World, overrides: tuple[str, ...]) -> Any:
@@ -198,6 +206,7 @@ CASES = {
     "generation.greedy": Case(answered, "true", DRAWN),
     "generation.stop": Case(answered, "[a, e, i, o, n, r, s, t, u]", LONG),
     "generation.seed": Case(answered, "1", DRAWN),
+    "generation.cache_bits": Case(sampled, "4", ("backend=mlx",)),
     "evaluate.task": Case(trained, "exact-match", (*VALID, "evaluate.max_new_tokens=4")),
     "evaluate.rows": Case(trained, "1", (*VALID, "evaluate.task=exact-match", "evaluate.max_new_tokens=4")),
     "evaluate.max_new_tokens": Case(

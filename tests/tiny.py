@@ -38,7 +38,7 @@ CORPUS = (
 MACHINE = Machine(
     system="Linux", release="6.1", arch="x86_64", python_arch="x86_64", python="3.11.0", chip="CPU", cores=2,
     ram_bytes=8 << 30, free_ram_bytes=6 << 30, free_disk_bytes=100 << 30, unified=False, cpu_bfloat16=False,
-    gpu_bfloat16=False, gpus=(), versions={},
+    gpu_bfloat16=False, gpus=(), versions={"mlx": "0.32.4", "mlx-lm": "0.32.2"},
 )
 GPU = Gpu("any", "cuda", 8 << 30, 8 << 30)
 
@@ -116,11 +116,13 @@ def tiny_recipe(model: Path, **overrides: Any) -> Recipe:
 
 
 def tiny_plan(model: Path, stats: DataStats | None = None, **overrides: Any) -> Plan:
-    """The plan of `tiny_recipe` on a fixed two-core machine; with a GPU only where device="cuda" asks for
-    one.
-    """
+    """The plan of `tiny_recipe` on a fixed two-core machine; with a GPU only where `device` asks for one."""
     recipe = tiny_recipe(model, **overrides)
-    machine = replace(MACHINE, gpus=(GPU,)) if recipe.device == "cuda" else MACHINE
+    machine = MACHINE
+    if recipe.device == "cuda":
+        machine = replace(MACHINE, gpus=(GPU,), versions={**MACHINE.versions, "mlx-cuda-13": "0.32.4"})
+    if recipe.device in ("mps", "metal"):
+        machine = replace(MACHINE, gpus=(replace(GPU, kind="metal"),))
     return make_plan(recipe, read_spec(model), machine, stats)
 
 

@@ -151,6 +151,10 @@ class Generation(Section):
     )
     stop: tuple[str, ...] = Field(default=(), description="strings that end an answer")
     seed: Annotated[int, Field(ge=0)] = 0
+    cache_bits: Literal[4, 8] | None = Field(
+        default=None,
+        description="keep the key-value cache in 4 or 8 bits: long contexts in less memory; backend mlx only",
+    )
 
 
 class Evaluate(Section):
@@ -168,9 +172,13 @@ class Recipe(Section):
     name: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$")] = "run"
     model: Path_ = Field(default="", description="model folder (config.json, safetensors, tokenizer)")
     backend: Literal["auto", "torch", "mlx", "reference"] = "auto"
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps", "metal"] = Field(
+        default="auto", description="mps and metal are two words for the Apple GPU"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    quantize: Literal["none", "4bit"] = Field(default="none", description="how the frozen base is held")
+    quantize: Literal["none", "4bit", "8bit"] = Field(
+        default="none", description="how the frozen base is held; 8bit: backend mlx only"
+    )
     trust_remote_code: bool = Field(default=False, description="run Python code of the model folder")
     data: Data = Data()
     lora: Lora = Lora()

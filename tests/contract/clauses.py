@@ -110,13 +110,18 @@ def assert_same_tokens(a: Sequence[Token], b: Sequence[Token]) -> None:
 
 
 def held_bytes() -> int:
-    """Memory in arrays: NumPy's through tracemalloc, torch's (where it is loaded) by counting its tensors."""
+    """Memory in arrays: NumPy's through tracemalloc, torch's by counting its tensors, MLX's by its own count.
+
+    A framework that is not loaded holds nothing.
+    """
     gc.collect()
     held = tracemalloc.get_traced_memory()[0]
-    torch = sys.modules.get("torch")
+    torch, mlx = sys.modules.get("torch"), sys.modules.get("mlx.core")
     if torch is not None:
         tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
         held += sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    if mlx is not None:
+        held += mlx.get_active_memory()
     return held
 
 

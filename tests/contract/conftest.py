@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,32 @@ def maker(model: Path, backend: str, device: str = "cpu") -> Make:
     return make
 
 
+def mlx_has(gpu: str) -> bool:
+    """Was this MLX built for 'metal' or 'cuda', and is such a GPU here?"""
+    if find_spec("mlx") is None:
+        return False
+    import mlx.core as mx
+
+    return {"metal": mx.metal, "cuda": mx.cuda}[gpu].is_available()
+
+
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+NO_MLX = pytest.mark.skipif(
+    find_spec("mlx") is None or find_spec("mlx_lm") is None, reason="mlx or mlx-lm is not installed"
+)
+NO_MLX_CUDA = pytest.mark.skipif(not mlx_has("cuda"), reason="no NVIDIA GPU, or mlx is not built for it")
+NO_MLX_METAL = pytest.mark.skipif(not mlx_has("metal"), reason="no Apple GPU, or mlx is not built for it")
+BACKENDS = [
+    "reference",
+    "torch",
+    pytest.param("torch-cuda", marks=[pytest.mark.cuda, NO_CUDA]),
+    pytest.param("mlx", marks=NO_MLX),  # on the CPU, wherever it runs
+    pytest.param("mlx-cuda", marks=[pytest.mark.cuda, NO_MLX, NO_MLX_CUDA]),
+    pytest.param("mlx-metal", marks=[pytest.mark.metal, NO_MLX, NO_MLX_METAL]),
+]
 
 
-@pytest.fixture(params=["reference", "torch", pytest.param("torch-cuda", marks=[pytest.mark.cuda, NO_CUDA])])
+@pytest.fixture(params=BACKENDS)
 def make(request: pytest.FixtureRequest, model: Path) -> Make:
     backend, _, device = request.param.partition("-")
     return maker(model, backend, device or "cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 GIB = 1 << 30
@@ -12,6 +12,9 @@ CAP_QUERY = "nvidia-smi --query-gpu=compute_cap --format=csv,noheader,nounits"
 INSTALLED = {
     "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "safetensors": "0.8.0", "numpy": "2.4.6"
 }
+
+
+MLX = {"mlx": "0.32.4", "mlx-lm": "0.32.2"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,11 @@ class Recorded:
         return self.versions.get(package, "")
 
 
+def with_mlx(machine: Recorded, *more: str) -> Recorded:
+    """The same machine with mlx installed; `more`: packages that come with it, such as mlx-cuda-13."""
+    return replace(machine, versions={**machine.versions, **MLX, **dict.fromkeys(more, MLX["mlx"])})
+
+
 def mac(
     chip: str, macos: str, ram_gib: int, free_gib: int, cores: int, bf16: bool, machine: str = "arm64"
 ) -> Recorded:
@@ -80,6 +88,8 @@ def cpuinfo(model: str, flags: str) -> str:
 
 
 M1_8 = mac("Apple M1", "14.6.1", 8, 3, 8, bf16=False)
+M1_16 = mac("Apple M1", "15.5", 16, 11, 8, bf16=False)
+M2_MAX_32 = mac("Apple M2 Max", "15.5", 32, 24, 12, bf16=True)
 M2_PRO_32 = mac("Apple M2 Pro", "15.5", 32, 22, 12, bf16=True)
 M4_MAX_128 = mac("Apple M4 Max", "26.1", 128, 110, 16, bf16=True)
 ROSETTA = mac("Apple M1", "14.6.1", 16, 8, 8, bf16=False, machine="x86_64")

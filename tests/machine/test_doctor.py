@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from burnish.machine.doctor import PYTHONS, RANGES, Check, checks, numbers
 from burnish.machine.probe import probe
@@ -23,8 +24,10 @@ from tests.machine.recorded import (
     ROSETTA,
     RTX_4090,
     Recorded,
+    with_mlx,
 )
 
+LDCONFIG = "/sbin/ldconfig -p"
 EVERY = {"m1": M1_8, "m2": M2_PRO_32, "m4": M4_MAX_128, "rosetta": ROSETTA, "4090": RTX_4090, "h100": H100,
          "container": CONTAINER}
 
@@ -44,11 +47,14 @@ def test_whatever_is_not_ok_says_what_was_found_and_what_to_do(system: Recorded)
 
 
 @pytest.mark.parametrize(("system", "wanted"), [
-    (M4_MAX_128, {}),
+    (with_mlx(M4_MAX_128), {}),
+    (M4_MAX_128, {"MLX": "warning"}),
     (RTX_4090, {}),
     (H100, {}),
-    (M1_8, {"GPU": "warning", "memory": "warning"}),
-    (M2_PRO_32, {"GPU": "warning"}),
+    (with_mlx(H100), {"MLX": "warning"}),
+    (with_mlx(H100, "mlx-cuda-13"), {}),
+    (with_mlx(M1_8), {"GPU": "warning", "memory": "warning"}),
+    (M2_PRO_32, {"GPU": "warning", "MLX": "warning"}),
     (CONTAINER, {"GPU": "warning", "CPU": "warning", "memory": "warning", "swap": "warning"}),
     (ROSETTA, {"architecture": "problem", "GPU": "warning", "CPU": "warning"}),
 ])
@@ -104,7 +110,10 @@ def test_the_ranges_are_those_of_pyproject():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
     extras = [line for lines in project["optional-dependencies"].values() for line in lines]
-    asked = {re.split(r"[<>=\[]", line)[0]: line for line in [*extras, *project["dependencies"]]}
+    plain = [re.sub(r"\[\w+\]|;.*", "", line) for line in [*extras, *project["dependencies"]]]
+    asked = {re.split("[<>=]", line)[0]: line for line in plain}
+    for package in ("mlx", "mlx-lm"):  # asked for in several places
+        assert len({line for line in plain if re.split("[<>=]", line)[0] == package}) == 1
     for package, (oldest, beyond, needed) in RANGES.items():
         if needed or "<" in asked[package]:
             assert asked[package] == f"{package}>={'.'.join(map(str, oldest))},<{'.'.join(map(str, beyond))}"
@@ -112,6 +121,39 @@ def test_the_ranges_are_those_of_pyproject():
             assert asked[package] == f"{package}>={'.'.join(map(str, oldest))}"
     first, last = PYTHONS
     assert project["requires-python"] == f">={first[0]}.{first[1]},<{last[0]}.{last[1] + 1}"
+
+
+def test_the_mlx_extra_brings_a_build_for_the_platform_and_no_second_one():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    assert "burnish[mlx]" in extras["dev"], "or the tests of the backend are not run"
+    for system, kind in (("darwin", ""), ("linux", "cpu")):
+        needed = [r for r in map(Requirement, extras["mlx"])
+                  if r.marker is None or r.marker.evaluate({"sys_platform": system})]
+        assert [(r.name, ",".join(r.extras)) for r in needed] == [("mlx", kind), ("mlx-lm", "")]
+    assert [(r.name, ",".join(r.extras)) for r in map(Requirement, extras["mlx-cuda"])] == [
+        ("mlx", "cuda13"), ("mlx-lm", "")]
+
+
+def test_a_mac_is_told_of_mlx():
+    for missing in ("mlx", "mlx-lm"):
+        whole = with_mlx(M4_MAX_128)
+        check = look(replace(whole, versions={**whole.versions, missing: ""}))["MLX"]
+        assert check.status == "warning" and check.advice == "pip install 'burnish[mlx]'"
+    assert "MLX" not in look(with_mlx(M4_MAX_128))
+
+
+def test_mlx_on_a_linux_cpu_wants_openblas():
+    slow = look(with_mlx(CONTAINER))["MLX"]
+    assert slow.status == "warning" and "libopenblas0-pthread" in slow.advice and "LD_PRELOAD=" in slow.advice
+    listed = {LDCONFIG: "\tlibopenblas.so.0 (libc6,x86-64) => /usr/lib/…\n"}
+    found = replace(with_mlx(CONTAINER), commands=listed)
+    assert look(found)["MLX"].status == "ok"
+    other = replace(found, commands={LDCONFIG: "\tlibblas.so.3 (libc6,x86-64) => /usr/lib/…\n"})
+    assert look(other)["MLX"].status == "warning"
+    assert look(with_mlx(CONTAINER), {"LD_PRELOAD": "/opt/libopenblas.so.0"})["MLX"].status == "ok"
+    assert look(with_mlx(CONTAINER), {"LD_PRELOAD": "/opt/libjemalloc.so"})["MLX"].status == "warning"
+    assert "MLX" not in look(CONTAINER)
 
 
 def test_memory_and_disk():

@@ -378,7 +378,7 @@ def test_dtype_and_place(tmp_path: Path, llama: SimpleNamespace):
 
 
 def test_too_small_a_disk(tmp_path: Path, llama: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 20))
     refused(llama.file, tmp_path / "out", "GiB free; the model needs")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from burnish.errors import UserError
+from burnish.models.quantized import Quantization
+from burnish.models.rope import with_rope_said_twice
 from burnish.models.spec import TensorInfo, read_config, read_header, read_spec
 
 CONFIG = {
@@ -218,3 +221,132 @@ def test_everything_that_is_missing_is_said_at_once(tmp_path: Path):
     folder = folder_of(tmp_path, hidden_size=None, vocab_size=None)
     with pytest.raises(UserError, match=r"hidden_size is missing(.|\n)*vocab_size is missing"):
         read_spec(folder)
+
+
+# ---- folders that are packed
+
+
+PACKED = {**CONFIG, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 32}
+
+
+def packed_folder(path: Path, quantization: Any = None, bits: Mapping[str, int] | None = None, **config: Any):
+    """As mlx-lm stores it; bits: of modules that are not packed to 4."""
+    shapes = {"model.embed_tokens": (32, 128), "lm_head": (32, 128)}
+    for i in range(2):
+        at = f"model.layers.{i}."
+        shapes |= {f"{at}self_attn.q_proj": (128, 128), f"{at}self_attn.k_proj": (64, 128),
+                   f"{at}mlp.down_proj": (128, 256), f"{at}mlp.switch_mlp.up_proj": (4, 64, 128)}
+    made: dict[str, np.ndarray] = {"model.norm.weight": np.ones(128, np.float16),
+                                   "model.layers.0.self_attn.q_proj.bias": np.ones(128, np.float16)}
+    for name, shape in shapes.items():
+        n_bits = (bits or {}).get(name, 4)
+        if n_bits == 16:
+            made[f"{name}.weight"] = np.ones(shape, np.float16)
+            continue
+        made[f"{name}.weight"] = np.zeros((*shape[:-1], shape[-1] * n_bits // 32), np.uint32)
+        made |= {f"{name}.{k}": np.ones((*shape[:-1], shape[-1] // 64), np.float16)
+                 for k in ("scales", "biases")}
+    path.mkdir(parents=True, exist_ok=True)
+    said = {"group_size": 64, "bits": 4} if quantization is None else quantization
+    whole = {**PACKED, "tie_word_embeddings": False, "quantization": said, **config}
+    (path / "config.json").write_text(json.dumps(whole))
+    save_file(made, path / "model.safetensors", {"format": "mlx"})
+    return path, sum(int(np.prod(s)) for s in shapes.values()) + 2 * 128, made
+
+
+@pytest.mark.parametrize("said", [None, {"group_size": 64, "bits": 4, "mode": "affine"}])
+def test_a_packed_folder(said: Any, tmp_path: Path):
+    folder, parameters, made = packed_folder(tmp_path, said)
+    spec = read_spec(folder)
+    assert spec.quantization == Quantization(bits=4, group_size=64)
+    assert spec.linears == {
+        "self_attn.q_proj": (128, 128), "self_attn.k_proj": (64, 128), "mlp.down_proj": (128, 256),
+    }
+    assert spec.parameters == parameters
+    assert spec.weight_bytes == sum(a.nbytes for a in made.values())
+    assert spec.tensors["model.layers.0.self_attn.q_proj.weight"].dtype == "U32"
+
+
+def test_a_folder_of_mixed_bits(tmp_path: Path):
+    """Some modules named in the config, one that is not packed, one that only its shape tells of."""
+    eight = {"group_size": 64, "bits": 8}
+    said = {"group_size": 64, "bits": 4, "lm_head": eight, "model.embed_tokens": False}
+    bits = {"lm_head": 8, "model.embed_tokens": 16, "model.layers.1.self_attn.k_proj": 6}
+    folder, parameters, _ = packed_folder(tmp_path, said, bits)
+    spec = read_spec(folder)
+    assert spec.quantization == Quantization(4, 64)
+    assert spec.unpacked["lm_head.weight"] == (32, 128)
+    assert spec.unpacked["model.layers.1.self_attn.k_proj.weight"] == (64, 128)
+    assert "model.embed_tokens.weight" not in spec.unpacked
+    assert spec.parameters == parameters
+
+
+def test_the_most_common_bits_are_those_of_the_folder(tmp_path: Path):
+    bits = {f"model.layers.{i}.{k}": 8 for i in range(2) for k in ("self_attn.q_proj", "self_attn.k_proj")}
+    bits |= {"model.layers.0.mlp.down_proj": 8, "model.layers.0.mlp.switch_mlp.up_proj": 8}
+    assert read_spec(packed_folder(tmp_path, None, bits)[0]).quantization == Quantization(8, 64)
+
+
+def test_a_plain_folder_has_no_quantization(tmp_path: Path):
+    spec = read_spec(folder_of(tmp_path))
+    assert spec.quantization is None and spec.unpacked == {}
+
+
+@pytest.mark.parametrize(("said", "says"), [
+    ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "does not train: MLX's mxfp4"),
+    ({"group_size": 64, "bits": 4, "lm_head": {"mode": "nvfp4", "bits": 4}}, "does not train: MLX's nvfp4"),
+    ({}, "has no `quantization` to explain them"),
+    ({"group_size": 64, "bits": 4, "lm_head": {"group_size": 64, "bits": 8}}, "lm_head.weight: U32"),
+    ({"group_size": 48, "bits": 4}, r"not what config.json's quantization says(.|\n)*q_proj.weight: U32"),
+    ({"bits": 4}, r"not what config.json's quantization says"),
+])
+def test_packings_that_are_refused(said: Any, says: str, tmp_path: Path):
+    with pytest.raises(UserError, match=says) as e:
+        read_spec(packed_folder(tmp_path, said)[0])
+    assert "unquantised" in e.value.hint
+
+
+@pytest.mark.parametrize(("method", "leaf"), [("gptq", "qweight"), ("compressed-tensors", "weight_packed")])
+def test_weights_that_others_packed(method: str, leaf: str, tmp_path: Path):
+    folder = folder_of(tmp_path, quantization_config={"quant_method": method, "bits": 4})
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    stored[f"{name}.{leaf}"] = np.ones((1, 8), np.int32)
+    del stored[f"{name}.weight"]
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(UserError, match=f"a form burnish does not train: {method}"):
+        read_spec(folder)
+
+
+def test_another_scheme_whose_shapes_can_be_read_is_left_alone(tmp_path: Path):
+    """fp8: the shapes are the true ones, and whether it can be computed with is the backend's to say."""
+    spec = read_spec(folder_of(tmp_path, quantization_config={"quant_method": "fp8"}))
+    assert spec.quantization is None and spec.linears["self_attn.q_proj"] == (8, 8)
+
+
+# ---- rope
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+
+
+@pytest.mark.parametrize(("given", "added"), [
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}, {"rope_theta": 5e4}),
+    ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+     {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+                          "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}}},
+     {"rope_theta": 1e6, "rope_local_base_freq": 1e4}),
+    ({"rope_theta": 5e4}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
+    ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}),
+    ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+     {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}),
+    ({"rope_theta": 1e6, "rope_local_base_freq": 1e4}, {}),
+    ({"rope_theta": 1.0, "rope_parameters": {"rope_type": "default", "rope_theta": 2.0}}, {}),
+    ({}, {}),
+])
+def test_the_rope_base_is_said_twice(given: dict[str, Any], added: dict[str, Any]):
+    assert with_rope_said_twice(given) == {**given, **added}
+    inner = with_rope_said_twice({"model_type": "x", "text_config": given})
+    assert inner == {"model_type": "x", "text_config": {**given, **added}}

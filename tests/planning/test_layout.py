@@ -117,6 +117,25 @@ def test_rows_under_one_mask_are_shorter_where_they_pad_as_little() -> None:
     assert dear.row_length.value == 2048, "the longest must fit"
 
 
+@pytest.mark.parametrize("device", ["metal", "cuda", "cpu"])
+def test_mlx_pads_and_masks_on_every_device_as_mps_does(device: str) -> None:
+    lengths = [20 + i * 7 % 300 for i in range(400)]
+    cases: list[dict[str, Any]] = [{}, {"pack": True, "batch_size": 64}, {"batch_size": 1}]
+    for asked in cases:
+        mlx, mps = laid_out(lengths, device, backend="mlx", **asked), laid_out(lengths, "mps", **asked)
+        assert mlx.lengths.value == mps.lengths.value != ()
+        assert (mlx.pack.value, mlx.row_length.value) == (mps.pack.value, mps.row_length.value)
+        assert "with mlx" in mlx.lengths.reason and "mps" not in f"{mlx.pack.reason} {mlx.lengths.reason}"
+    assert laid_out(lengths, "cpu").lengths.value == ()
+
+
+def test_a_layout_says_how_many_rows_a_step_has() -> None:
+    lengths = [20 + i * 7 % 300 for i in range(400)]
+    assert laid_out(lengths, "cpu", pack=False).step_rows == 8
+    packed = laid_out(lengths, "mps", room=400, pack=True, batch_size=32)
+    assert packed.micro_batch.value == 1 < packed.step_rows < 32
+
+
 def test_mps_packs_where_less_is_computed_and_says_how_much() -> None:
     lengths = [20 + i * 7 % 300 for i in range(400)]
     packed = laid_out(lengths, "mps")

@@ -158,7 +158,7 @@ def test_memory_arithmetic_against_counting() -> None:
     ("overrides", "message"),
     [
         (["device=mps"], "device: mps is not on this machine; there is: cpu"),
-        (["backend=mlx"], "mlx is not part of this version"),
+        (["backend=mlx"], "backend: mlx needs mlx and mlx-lm, which are not installed"),
         (["lora.targets=[qproj]"], "qproj not in this model; its decoder layers have"),
         (["lora.targets=[lm_head]"], "the head and the embeddings are not trained"),
         (["lora.last_layers=9"], "this model has 4 decoder layers"),

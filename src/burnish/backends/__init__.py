@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from burnish.backends.base import Learner
 from burnish.errors import UserError
+from burnish.machine.blas import use_openblas
 from burnish.planning.plan import Plan
 
 
@@ -27,4 +28,16 @@ def open(plan: Plan) -> Learner:
                 f"the torch backend needs {e.name}, which is not installed", f"pip install {e.name}"
             ) from e
         return open_torch(plan)
+    if name == "mlx":
+        use_openblas()
+        try:
+            from burnish.backends.mlx.load import open_mlx
+        except ModuleNotFoundError as e:
+            package = (e.name or "").partition(".")[0]
+            if package not in ("mlx", "mlx_lm"):
+                raise
+            raise UserError(
+                f"the mlx backend needs {package}, which is not installed", "pip install 'burnish[mlx]'"
+            ) from e
+        return open_mlx(plan)
     raise UserError(f"there is no backend {name!r} in this version", "set backend=torch")

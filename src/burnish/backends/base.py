@@ -52,6 +52,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
+    cache_bits: int = 0  # bits of the key-value cache's numbers; 0: as computed
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,10 @@ class ReferenceLearner:
     def generate(self, prompts: Sequence[Sequence[int]], how: Sampling) -> Iterator[Token]:
         if not all(len(p) for p in prompts):
             raise UserError("a prompt is empty: generation needs at least one token to start from")
+        if how.cache_bits:
+            raise Unsupported(
+                "generation.cache_bits: a quantised key-value cache is for backend mlx, not reference"
+            )
         return self._generate([list(p) for p in prompts], how)
 
     def _generate(self, prompts: list[list[int]], how: Sampling) -> Iterator[Token]:

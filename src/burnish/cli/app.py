@@ -119,13 +119,25 @@ def recipes(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="a GGUF file")],
-    out: Annotated[Path, typer.Argument(help="the model folder to write")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    source: Annotated[Path, typer.Argument(help="a GGUF file, a model folder or an adapter folder")],
+    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    quantize: Annotated[
+        str | None, typer.Option(metavar="4bit|8bit", help="of a model folder: pack it for MLX")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; left out: float32 of GGUF, SOURCE's of a folder"),
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="mlx|peft", help="of an adapter: the other one where left out")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="of an adapter: its base model, if it moved")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace OUT if it is there")] = False,
     json: Json = False,
 ) -> None:
-    """Turn a GGUF file into a Hugging Face folder that transformers and mlx-lm read alike."""
+    """GGUF to a Hugging Face folder, a folder to 4 or 8 bits for MLX, an adapter between PEFT and mlx-lm."""
     from burnish.cli.convert import convert_command
 
-    convert_command(source, out, dtype, force, json)
+    convert_command(source, out, quantize, dtype, to, model, force, json)

@@ -74,6 +74,7 @@ def sampling(settings: Generation, tokenizer: Tokenizer) -> Sampling:
         settings.repetition_penalty,
         tokenizer.stop_ids,
         settings.seed,
+        settings.cache_bits or 0,
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from burnish.machine.probe import Machine
+from burnish.machine.probe import MLX_CUDA, Machine
 
 GIB = 1 << 30
 PYTHONS = ((3, 11), (3, 13))  # first and last
@@ -27,8 +27,15 @@ RANGES = {
     "numpy": ((1, 26), (3,), True),
     "peft": ((0, 21), (0, 22), True),
     "bitsandbytes": ((0, 46), (1,), False),
+    "mlx": ((0, 32), (0, 34), False),
+    "mlx-lm": ((0, 32, 2), (0, 34), False),
 }
-OPTIONAL = {"bitsandbytes": "only `quantize: 4bit` needs it: pip install 'burnish[bnb]'"}
+_MLX = "only `backend: mlx` needs it: pip install 'burnish[mlx]'"
+OPTIONAL = {
+    "bitsandbytes": "only `quantize: 4bit` of the torch backend needs it: pip install 'burnish[bnb]'",
+    "mlx": _MLX,
+    "mlx-lm": _MLX,
+}
 # The oldest macOS on which each torch's MPS runs: pytorch#133141 (2.5), pytorch#159275 and #163515 (2.9), and
 # the source of 2.15, whose wheel still says 14.
 MPS_NEEDS = (((2, 15), 15), ((2, 9), 14), ((2, 5), 13), ((1, 12), 12))
@@ -58,6 +65,7 @@ def checks(machine: Machine, environment: Mapping[str, str] = MappingProxyType({
         *_packages(machine),
         *_macos(machine),
         _device(machine),
+        *_mlx(machine, environment),
         _cpu_bfloat16(machine),
         _ram(machine),
         *_swap(machine),
@@ -187,6 +195,24 @@ def _device(machine: Machine) -> Check:
         f"{names}; chips {older} only emulate bfloat16",
         "nothing to do: the plan holds weights in bfloat16 and computes in float32",
     )
+
+
+def _mlx(machine: Machine, environment: Mapping[str, str]) -> list[Check]:
+    """Is it there where it is at home, and fast where it is not?"""
+    there = all(machine.versions.get(p) for p in ("mlx", "mlx-lm"))
+    if any(g.kind == "metal" for g in machine.gpus) and not there:
+        found = "mlx and mlx-lm are not both installed: the plan takes torch, on MPS"
+        return [Check("MLX", "warning", found, "pip install 'burnish[mlx]'")]
+    if machine.system != "Linux" or not there or any(machine.versions.get(p) for p in MLX_CUDA):
+        return []
+    if machine.openblas or "openblas" in environment.get("LD_PRELOAD", ""):
+        return [Check("MLX", "ok", "on the CPU, with OpenBLAS", "")]
+    found = "on the CPU with the BLAS of its wheel: 4 GFLOP/s where OpenBLAS makes 195"
+    advice = (
+        "apt-get install libopenblas0-pthread: burnish finds it; one that is elsewhere: "
+        "LD_PRELOAD=/path/to/libopenblas.so.0"
+    )
+    return [Check("MLX", "warning", found, advice)]
 
 
 def _cpu_bfloat16(machine: Machine) -> Check:

@@ -23,10 +23,12 @@ from typing import Literal, Protocol
 
 import psutil
 
+MLX_CUDA = ("mlx-cuda-12", "mlx-cuda-13")  # either is mlx's part for NVIDIA GPUs
 PACKAGES = (
     "torch",
     "mlx",
     "mlx-lm",
+    *MLX_CUDA,
     "transformers",
     "tokenizers",
     "peft",
@@ -69,6 +71,7 @@ class Machine:
     gpus: tuple[Gpu, ...]
     versions: Mapping[str, str]  # of torch, mlx, transformers, peft, …: '' where not installed
     swap_bytes: int | None = None  # None where the system grows it as needed (macOS), or it is not known
+    openblas: bool = False  # Linux: the loader finds OpenBLAS, for mlx on the CPU
 
 
 class System(Protocol):
@@ -168,6 +171,8 @@ def probe(folder: Path, system: System | None = None) -> Machine:
         gpus=gpus,
         versions={package: ask.version(package) for package in PACKAGES},
         swap_bytes=None if mac else swap,
+        # Named in full: on Debian /sbin is not on everyone's PATH.
+        openblas=name == "Linux" and "libopenblas" in (ask.run("/sbin/ldconfig", "-p") or ""),
     )
 
 

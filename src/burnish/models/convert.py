@@ -10,25 +10,32 @@ rounded: only its form changes.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import gguf
 import numpy as np
 from gguf.quants import dequantize
 
 from burnish.errors import UserError, all_problems
+from burnish.models.folder import (
+    SHARD_BYTES,
+    SPARE_DISK_BYTES,
+    check_disk,
+    check_out,
+    header_of,
+    replacing,
+    shards_of,
+    write_index,
+    write_json,
+)
 from burnish.models.gguf_config import Layout, read_layout, to_config, to_generation_config
 from burnish.models.gguf_tokenizer import write_tokenizer
 
 CHUNK_BYTES = 64 << 20  # of float32, widened at a time
-SHARD_BYTES = 4 << 30
-SPARE_DISK_BYTES = 64 << 20  # tokenizer, configs, the file system's own
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ours → safetensors'
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -60,26 +67,23 @@ def convert_gguf(source: Path, out: Path, *, dtype: str = "float32", force: bool
             "burnish convert FILE.gguf OUT --dtype float32",
         )
     out = out.resolve()  # OUT may be `.`, which has no name
-    _check_out(source, out, force)
+    check_out(source, out, force)
     reader = open_gguf(source)
     layout = read_layout(reader)
     _check_types(reader, source)
-    shards = _shards(layout, ITEM_BYTES[dtype])
+    sizes = {n: math.prod(t.shape) * ITEM_BYTES[dtype] for n, t in layout.tensors.items()}
+    shards = shards_of(sizes, SHARD_BYTES)
     weight_bytes = layout.parameters * ITEM_BYTES[dtype]
-    _check_disk(out.parent, weight_bytes + SPARE_DISK_BYTES)
-    partial = out.parent / f".{out.name}.partial"
-    if partial.exists():  # of a process that was killed
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
+    check_disk(
+        out.parent,
+        weight_bytes + SPARE_DISK_BYTES,
+        "free some space, choose another disk, or halve the size with --dtype bfloat16",
+    )
+    with replacing(out) as partial:
         _write_weights(partial, shards, layout, dtype)
-        _write_json(partial / "config.json", to_config(layout, dtype))
-        _write_json(partial / "generation_config.json", to_generation_config(layout))
+        write_json(partial / "config.json", to_config(layout, dtype))
+        write_json(partial / "generation_config.json", to_generation_config(layout))
         write_tokenizer(layout.metadata, partial)
-        _put_in_place(partial, out)
-    except BaseException:  # Ctrl-C too: a half-written folder would pass for a model
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     types: dict[str, int] = {}
     for tensor in reader.tensors:
         types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + 1
@@ -123,23 +127,6 @@ def open_gguf(source: Path) -> gguf.GGUFReader:
     return reader
 
 
-def _check_out(source: Path, out: Path, force: bool) -> None:
-    if not out.parent.is_dir():
-        raise UserError(f"the folder {out.parent} does not exist", f"mkdir -p {out.parent}")
-    if not out.exists():
-        return
-    if not force:
-        raise UserError(f"{out} exists", "choose another name, or pass --force to replace it")
-    # --force replaces a model, never a home folder given by mistake.
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-        raise UserError(
-            f"{out} is not a model folder (it has no config.json), so --force does not replace it",
-            "choose another name",
-        )
-    if source.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"{source} lies inside {out}, which would be replaced", "choose another name for OUT")
-
-
 def _check_types(reader: gguf.GGUFReader, source: Path) -> None:
     wrong: list[str] = []
     for kind in sorted({t.tensor_type for t in reader.tensors}):
@@ -158,56 +145,16 @@ def _check_types(reader: gguf.GGUFReader, source: Path) -> None:
         )
 
 
-def _check_disk(folder: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise UserError(
-            f"{folder} has {free_bytes / 2**30:.1f} GiB free; the model needs {needed_bytes / 2**30:.1f}",
-            "free some space, choose another disk, or halve the size with --dtype bfloat16",
-            1,
-        )
-
-
-def _shards(layout: Layout, item_bytes: int) -> dict[str, list[str]]:
-    """File name → its tensors, in the GGUF file's order. One file where all fit in `SHARD_BYTES`."""
-    groups: list[list[str]] = [[]]
-    filled_bytes = 0
-    for name, source in layout.tensors.items():
-        n_bytes = math.prod(source.shape) * item_bytes
-        if groups[-1] and filled_bytes + n_bytes > SHARD_BYTES:
-            groups.append([])
-            filled_bytes = 0
-        groups[-1].append(name)
-        filled_bytes += n_bytes
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, 1)}
-
-
 def _write_weights(folder: Path, shards: Mapping[str, list[str]], layout: Layout, dtype: str) -> None:
     for file, names in shards.items():
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        at = 0
-        for name in names:
-            shape = layout.tensors[name].shape
-            end = at + math.prod(shape) * ITEM_BYTES[dtype]
-            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-            at = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the data begins on a multiple of 8, as the format asks
+        shapes = {name: layout.tensors[name].shape for name in names}
+        sized = ((n, DTYPES[dtype], s, math.prod(s) * ITEM_BYTES[dtype]) for n, s in shapes.items())
         with (folder / file).open("wb") as f:
-            f.write(len(text).to_bytes(8, "little") + text)
+            f.write(header_of(sized, {"format": "pt"}))
             for name in names:
                 _write_tensor(f, name, layout, dtype)
     if len(shards) > 1:
-        total_bytes = layout.parameters * ITEM_BYTES[dtype]
-        _write_json(
-            folder / "model.safetensors.index.json",
-            {
-                "metadata": {"total_size": total_bytes},
-                "weight_map": {name: file for file, names in shards.items() for name in names},
-            },
-        )
+        write_index(folder, shards, layout.parameters * ITEM_BYTES[dtype])
 
 
 def _write_tensor(f: IO[bytes], name: str, layout: Layout, dtype: str) -> None:
@@ -248,23 +195,3 @@ def narrowed(values: np.ndarray, dtype: str) -> np.ndarray:
         return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     with np.errstate(over="ignore"):  # looked for by the caller
         return values.astype(np.dtype(dtype), copy=False)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _put_in_place(partial: Path, out: Path) -> None:
-    old = out.parent / f".{out.name}.replaced"
-    if old.exists():  # of a process that was killed
-        shutil.rmtree(old)
-    if out.exists():
-        out.rename(old)
-    try:
-        partial.rename(out)
-    except BaseException:
-        if old.exists():
-            old.rename(out)
-        raise
-    if old.exists():
-        shutil.rmtree(old)

@@ -14,11 +14,12 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from burnish.errors import UserError, all_problems
+from burnish.models.quantized import Quantization, read_quantization
 from burnish.recipe import Recipe, expand
 
 DTYPE_BYTES = {
@@ -71,10 +72,16 @@ class ModelSpec:
     eos_ids: tuple[int, ...]
     tensors: Mapping[str, TensorInfo]
     linears: Mapping[str, tuple[int, int]]  # 'self_attn.q_proj' → (out, in), of the first layer that has it
+    window: int | None = None  # positions back that a token sees, itself included, in some layer or all
+    quantization: Quantization | None = None  # of weights that are packed, as MLX packs them
+    unpacked: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # packed weight → its true shape
 
     @property
     def parameters(self) -> int:
-        return sum(math.prod(t.shape) for t in self.tensors.values())
+        """Packed weights are counted as what they unpack to, without the scales and biases beside them."""
+        beside = {name[: -len("weight")] + leaf for name in self.unpacked for leaf in ("scales", "biases")}
+        counted = (self.unpacked.get(k, t.shape) for k, t in self.tensors.items() if k not in beside)
+        return sum(math.prod(shape) for shape in counted)
 
     @property
     def weight_bytes(self) -> int:
@@ -173,6 +180,7 @@ def read_spec(folder: Path) -> ModelSpec:
             "the head is not the embedding matrix",
             "download the missing files",
         )
+    quantization, unpacked = read_quantization(folder, config, tensors)
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
     eos = config.get("eos_token_id")
     generation = folder / "generation_config.json"
@@ -195,8 +203,19 @@ def read_spec(folder: Path) -> ModelSpec:
         tied=not has_head or config.get("tie_word_embeddings") is True,
         eos_ids=tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else (),
         tensors=tensors,
-        linears=linears_of(tensors),
+        linears=linears_of(tensors, unpacked),
+        window=_window(config),
+        quantization=quantization,
+        unpacked=unpacked,
     )
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    window, kind = config.get("sliding_window"), config["model_type"]
+    # Qwen configs carry a window that is off unless they say so; a Llama has none whatever they carry.
+    used = config.get("use_sliding_window", not kind.startswith("qwen")) and kind != "llama"
+    full = all(t == "full_attention" for t in config.get("layer_types") or ["sliding_attention"])
+    return int(window) if window and used and not full else None
 
 
 def spec_of(recipe: Recipe) -> ModelSpec:
@@ -207,7 +226,7 @@ def spec_of(recipe: Recipe) -> ModelSpec:
 
 
 def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    names = _weight_files(folder)
+    names = weight_files(folder)
     if not names:
         raise UserError(f"{folder} holds no safetensors files", "download the weights in safetensors form")
     absent = [n for n in names if not (folder / n).is_file()]
@@ -223,7 +242,7 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
     """Names of the files that should hold the weights, there or not: by the index, one file, or parts."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -245,10 +264,13 @@ def _weight_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def linears_of(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int]]:
+def linears_of(
+    tensors: Mapping[str, TensorInfo], unpacked: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, tuple[int, int]]:
+    """'self_attn.q_proj' → (out, in), of the first layer that has it; packed weights as `unpacked` says."""
     found: dict[str, tuple[int, int]] = {}
     for name, info in tensors.items():
-        match = _LAYER.search(name)
-        if match and len(info.shape) == 2:
-            found.setdefault(match[2], (info.shape[0], info.shape[1]))
+        match, shape = _LAYER.search(name), (unpacked or {}).get(name, info.shape)
+        if match and len(shape) == 2 and "norm" not in match[2]:  # Cohere has a norm for each head
+            found.setdefault(match[2], (shape[0], shape[1]))
     return found

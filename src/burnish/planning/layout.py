@@ -2,8 +2,9 @@
 
 An example of n tokens takes n - 1 positions of a row: its last token is only predicted.
 
-Unpacked, a row holds one example. Where padding is computed and every new shape costs a compilation (MPS), it
-is padded to one of at most FEW lengths, chosen to waste least on this data; elsewhere it stays as it is.
+Unpacked, a row holds one example. Where padding is computed and every new shape costs a compilation (MPS,
+MLX), it is padded to one of at most FEW lengths, chosen to waste least on this data; elsewhere it stays as it
+is.
 
 Packed, all rows have one length, `row_length`. A window of PACK_WINDOW optimizer steps shares its examples
 out: first-fit decreasing puts them into rows, and the rows are dealt to the steps as evenly as can be. A
@@ -24,8 +25,9 @@ from burnish.planning.choice import Choice, DataStats
 from burnish.recipe import Train
 
 # More tokens than this in a forward pass make no matrix product faster, on a CPU or a GPU.
-ENOUGH_TOKENS = {"cpu": 2048, "cuda": 8192, "mps": 2048}
-# Devices on which padding is computed, because every new shape compiles and keeps a graph (torch#132596).
+ENOUGH_TOKENS = {"cpu": 2048, "cuda": 8192, "mps": 2048, "metal": 2048}
+# Where padding is computed, because every new shape compiles and keeps a graph (torch#132596): these devices,
+# and mlx on any.
 PADDED = ("mps",)
 BUCKET = 64  # positions; fixed lengths are multiples of it
 FEW = 8
@@ -42,12 +44,29 @@ Fits = Callable[[int, int], bool]  # (rows, length): a forward pass of that size
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where rows are computed."""
+
+    backend: str
+    device: str
+
+    @property
+    def padded(self) -> bool:
+        """Is padding computed, and are packed rows attended under one mask?"""
+        return self.backend == "mlx" or self.device in PADDED
+
+    def __str__(self) -> str:
+        return "with mlx" if self.backend == "mlx" else f"on {self.device}"
+
+
+@dataclass(frozen=True)
 class Layout:
     pack: Choice[bool]
     row_length: Choice[int]  # positions of a packed row, whether or not rows are packed
     lengths: Choice[tuple[int, ...]]  # that rows are padded to where they are not packed; (): as they are
     micro_batch: Choice[int]  # rows of a forward pass
     planned: int  # positions of the longest row
+    step_rows: int  # rows of the largest step
 
 
 def lay_out(
@@ -55,16 +74,16 @@ def lay_out(
 ) -> Layout:
     """longest: tokens of the longest example there is or, before the data is read, may be."""
     sizes = [n - 1 for n in stats.sizes] if stats is not None else []
-    windows = _windows(train, sizes)
-    lengths = _lengths(device, longest, sizes)
+    place, windows, most = Place(backend, device), _windows(train, sizes), train.batch_size
+    lengths = _lengths(place, longest, sizes)
     planned = lengths.value[-1] if lengths.value else longest
-    micro = _rows(train, device, planned, train.batch_size, fits, "the whole batch at once")
-    row_length = _row_length(train, device, longest, windows, fits)
-    pack = _pack(train, device, backend, windows, row_length.value, lengths.value, planned, micro.value)
+    micro = _rows(train, device, planned, most, fits, "the whole batch at once")
+    row_length = _row_length(train, place, longest, windows, fits)
+    pack = _pack(train, place, windows, row_length.value, lengths.value, planned, micro.value)
     if pack.value:
         planned, most = row_length.value, _most_rows(windows, train.batch_size, row_length.value)
         micro = _rows(train, device, planned, most, fits, "every row of a step at once")
-    return Layout(pack, row_length, lengths, micro, planned)
+    return Layout(pack, row_length, lengths, micro, planned, most)
 
 
 def up(positions: int) -> int:
@@ -119,14 +138,14 @@ def first_fit(positions: Sequence[int], row_length: int) -> list[list[int]]:
     return rows
 
 
-def _lengths(device: str, longest: int, sizes: list[int]) -> Choice[tuple[int, ...]]:
-    if device not in PADDED:
-        return Choice((), f"padding is dropped before it is computed on {device}: rows stay as they are")
+def _lengths(place: Place, longest: int, sizes: list[int]) -> Choice[tuple[int, ...]]:
+    if not place.padded:
+        return Choice((), f"padding is dropped before it is computed {place}: rows stay as they are")
     top = up(longest - 1)
     if not sizes:
         return Choice((top,), "the longest row there may be; the data decides when it is read")
     found = few_lengths([*sizes, longest - 1])
-    return Choice(found, f"every new shape compiles on {device}; these pad the data's rows least")
+    return Choice(found, f"every new shape compiles {place}; these pad the data's rows least")
 
 
 def _rows(train: Train, device: str, length: int, most: int, fits: Fits, whole: str) -> Choice[int]:
@@ -161,16 +180,18 @@ def _windows(train: Train, sizes: list[int]) -> list[list[int]]:
     return [dice.sample(sizes, width) for _ in range(SAMPLES)] if sizes else []
 
 
-def _row_length(train: Train, device: str, longest: int, windows: list[list[int]], fits: Fits) -> Choice[int]:
+def _row_length(
+    train: Train, place: Place, longest: int, windows: list[list[int]], fits: Fits
+) -> Choice[int]:
     least, size = up(longest - 1), train.batch_size
     if not windows:
         return Choice(least, "the longest row there may be; the data decides when it is read")
     real, count = sum(map(sum, windows)), sum(map(len, windows))
-    wanted = round(min(size * real / count, ENOUGH_TOKENS[device]))
+    wanted = round(min(size * real / count, ENOUGH_TOKENS[place.device]))
     high = max(least, up(wanted * 5 // 4))
     fitting = largest(high // BUCKET, lambda n: fits(1, n * BUCKET), least // BUCKET) * BUCKET
     # Where rows are attended under one mask, a position costs more the longer its row; elsewhere it does not.
-    masked = device in PADDED
+    masked = place.padded
     low = least if masked else max(least, up(wanted * 3 // 4))
     candidates = range(min(low, fitting), fitting + 1, BUCKET)
     candidates = candidates[:: -(-len(candidates) // CANDIDATES)]
@@ -226,8 +247,7 @@ def _padded_positions(windows: list[list[int]], batch_size: int, micro: int, len
 
 def _pack(
     train: Train,
-    device: str,
-    backend: str,
+    place: Place,
     windows: list[list[int]],
     row_length: int,
     lengths: tuple[int, ...],
@@ -237,21 +257,21 @@ def _pack(
     """planned, micro: of a forward pass that is not packed."""
     if train.pack != "auto":
         return Choice(train.pack, "as the recipe says")
-    if backend == "reference":
+    if place.backend == "reference":
         return Choice(False, "the reference backend is not after speed")
     real, count = sum(map(sum, windows)), sum(map(len, windows))
-    if device in PADDED:
-        computed = f"padding is computed on {device}"
+    if place.padded:
+        computed = f"padding is computed {place}"
         if not windows:
             return Choice(True, f"{computed}; the data decides when it is read")
         alone = _padded_positions(windows, train.batch_size, micro, lengths)
         together = _packed_positions(windows, train.batch_size, row_length)
         shares = f"{1 - real / together:.0%} of positions packed, {1 - real / alone:.0%} unpacked"
         return Choice(together <= alone, f"{computed}: about {shares}")
-    dropped = f"padding is dropped before it is computed on {device}"
+    dropped = f"padding is dropped before it is computed {place}"
     if not windows:
         return Choice(False, f"{dropped}; the data decides when it is read")
-    by_memory = train.micro_batch == "auto" and micro < min(train.batch_size, _enough(device, planned))
+    by_memory = train.micro_batch == "auto" and micro < min(train.batch_size, _enough(place.device, planned))
     if by_memory and 2 * real <= count * (planned - 1):
         why = f"memory allows {micro} of {train.batch_size} examples a pass, and most are far shorter than"
         return Choice(True, f"{why} the longest: packed rows fill the pass")

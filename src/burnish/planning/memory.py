@@ -1,5 +1,7 @@
 """How many bytes a run needs, part by part: pure arithmetic on a model spec and a handful of decided values.
 
+`estimate` is for torch and the reference backend; `memory_mlx.estimate_mlx` is its like for MLX.
+
 First version: the formulas count the tensors that the engine is known to hold (docs/DESIGN.md, the engine).
 Every run writes the measured peak beside this estimate, so that the constants can be fitted from evidence.
 """
@@ -44,13 +46,13 @@ class Shape:
     keep_layers: int
     loss_slice: int
     loss_share: float  # share of tokens that are targets
+    passes: int = 1  # micro-batches of a step
 
 
 def estimate(spec: ModelSpec, s: Shape) -> tuple[Part, ...]:
     tokens, element = s.micro_batch * s.length, ELEMENT_BYTES[s.compute]
     adapter = adapter_parameters(spec, s)
-    # Layers below the first adapted one carry no gradient, so nothing of them is kept.
-    trained_depth = spec.n_layers - min(s.layers) if s.layers else 0
+    trained_depth = trained_layers(spec, s)
     kept = min(s.keep_layers, trained_depth)
     per_weight = 4 if s.compute == "float32" else 6  # float32, and a copy in the dtype that is computed in
     work, loss = layer_work(spec, s), loss_slice_bytes(spec, s)
@@ -85,6 +87,16 @@ def estimate(spec: ModelSpec, s: Shape) -> tuple[Part, ...]:
 
 def total(parts: Iterable[Part]) -> int:
     return sum(p.n_bytes for p in parts)
+
+
+def trained_layers(spec: ModelSpec, s: Shape) -> int:
+    """Layers below the first adapted one carry no gradient, so nothing of them is kept."""
+    return spec.n_layers - min(s.layers) if s.layers else 0
+
+
+def supervised_tokens(s: Shape) -> int:
+    """Of one micro-batch."""
+    return math.ceil(s.micro_batch * s.length * s.loss_share)
 
 
 def held_as(s: Shape) -> str:
@@ -139,6 +151,6 @@ def loss_slice_bytes(spec: ModelSpec, s: Shape) -> int:
     """One slice's logits, their probabilities and room for the product; hidden states and gradient of all
     targets.
     """
-    supervised = math.ceil(s.micro_batch * s.length * s.loss_share)
+    supervised = supervised_tokens(s)
     logits = 3 * min(s.loss_slice, max(supervised, 1)) * spec.vocab_size * 4
     return logits + 2 * supervised * spec.hidden_size * ELEMENT_BYTES[s.compute]

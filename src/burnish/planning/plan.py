@@ -9,24 +9,35 @@ plan decides such a thing again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from burnish.errors import UserError
 from burnish.machine.probe import Machine
 from burnish.models.spec import ModelSpec
 from burnish.planning.choice import Choice, DataStats
+from burnish.planning.engine import (
+    check_cache_bits,
+    choose_backend,
+    choose_budget,
+    choose_device,
+    choose_dtypes,
+    choose_quantize,
+)
 from burnish.planning.layout import largest, lay_out
-from burnish.planning.memory import Part, Shape, estimate, total
+from burnish.planning.memory import ELEMENT_BYTES, Part, Shape, estimate, total
+from burnish.planning.memory_mlx import estimate_mlx
 from burnish.recipe import Recipe
 
 # Logits of one slice, float32: small enough to be nothing beside a layer, large enough that the head's matrix
 # product runs at full speed (64 rows and more on every device tried).
 LOSS_SLICE_BYTES = 96 << 20
-# Apple's recommended working set, as a share of RAM, where it cannot be asked: about 2/3 up to 36 GB, 3/4
-# above.
-METAL_SHARE_SMALL, METAL_SHARE_LARGE, METAL_LARGE_BYTES = 0.66, 0.75, 36 << 30
-MARGIN = {"cpu": 0.10, "cuda": 0.04, "mps": 0.08}
+# With mlx logits are as wide as what is computed in, and each slice is evaluated: larger ones, to a limit.
+MLX_SLICE_BYTES, MLX_SLICE_MOST = 80 << 20, 2048
+
+Parts = Callable[[Shape], tuple[Part, ...]]
 
 
 @dataclass(frozen=True)
@@ -84,98 +95,35 @@ def make_plan(recipe: Recipe, spec: ModelSpec, machine: Machine, stats: DataStat
     """Decide everything a run needs. Raises UserError where the recipe asks for what this machine or model
     has not.
     """
-    backend = _backend(recipe)
-    device = _device(recipe, machine)
-    weights, compute = _dtypes(recipe, device.value, machine)
+    backend = choose_backend(recipe, spec, machine)
+    check_cache_bits(recipe, backend.value)
+    device = choose_device(recipe, backend.value, machine)
+    weights, compute = choose_dtypes(recipe, backend.value, device.value, machine)
+    quantize = choose_quantize(recipe, spec, backend.value)
     targets, layers = _targets(recipe, spec), _layers(recipe, spec)
     length = _length(recipe, spec, stats)
-    loss_slice = _loss_slice(spec)
-    budget = _budget(device.value, machine)
+    loss_slice = _loss_slice(spec, backend.value, compute.value)
+    budget = choose_budget(device.value, machine)
+    parts: Parts = partial(estimate_mlx if backend.value == "mlx" else estimate, spec)
     share = 1.0 if recipe.data.loss_on == "all" or stats is None else stats.trained / max(stats.tokens, 1)
     shape = Shape(
-        device.value, weights.value, compute.value, recipe.quantize, recipe.lora.rank, targets.value,
+        device.value, weights.value, compute.value, quantize.value, recipe.lora.rank, targets.value,
         layers.value, 1, length.value, 0, loss_slice.value, share
     )  # fmt: skip
 
     def fits(rows: int, row: int) -> bool:
-        return total(estimate(spec, replace(shape, micro_batch=rows, length=row))) <= budget.value
+        passes = -(-recipe.train.batch_size // rows)  # at most: packed, a step may have fewer rows
+        return total(parts(replace(shape, micro_batch=rows, length=row, passes=passes))) <= budget.value
 
     layout = lay_out(recipe.train, device.value, backend.value, length.value, stats, fits)
-    shape = replace(shape, micro_batch=layout.micro_batch.value, length=layout.planned)
-    keep = _keep_layers(recipe, spec, shape, budget.value)
-    shape = replace(shape, keep_layers=keep.value)
+    rows = layout.micro_batch.value
+    shape = replace(shape, micro_batch=rows, length=layout.planned, passes=-(-layout.step_rows // rows))
+    keep = _keep_layers(recipe, spec, lambda k: total(parts(replace(shape, keep_layers=k))) <= budget.value)
     return Plan(
-        recipe, spec, machine, stats, backend, device, weights, compute,
-        Choice(recipe.quantize, "as the recipe says"), targets, layers,
+        recipe, spec, machine, stats, backend, device, weights, compute, quantize, targets, layers,
         layout.pack, layout.row_length, layout.lengths, layout.micro_batch,
-        length, keep, loss_slice, _steps(recipe, stats), estimate(spec, shape), budget
+        length, keep, loss_slice, _steps(recipe, stats), parts(replace(shape, keep_layers=keep.value)), budget
     )  # fmt: skip
-
-
-def _backend(recipe: Recipe) -> Choice[str]:
-    if recipe.backend == "mlx":
-        raise UserError(
-            "backend: mlx is not part of this version; torch and reference are",
-            "leave `backend` out, or set backend=torch",
-        )
-    if recipe.backend == "auto":
-        return Choice("torch", "the backend that trains on every device")
-    if recipe.backend == "reference" and recipe.quantize != "none":
-        raise UserError(
-            "the reference backend computes in float32 only; it has no quantised base",
-            "set quantize=none or backend=torch",
-        )
-    return Choice(recipe.backend, "as the recipe says")
-
-
-def _device(recipe: Recipe, machine: Machine) -> Choice[str]:
-    if recipe.backend == "reference":
-        if recipe.device not in ("auto", "cpu"):
-            raise UserError(
-                f"the reference backend runs on the CPU, not on {recipe.device}", "set device=cpu"
-            )
-        return Choice("cpu", "the reference backend is NumPy")
-    have = {
-        "cuda": any(g.kind == "cuda" for g in machine.gpus),
-        "mps": any(g.kind == "metal" for g in machine.gpus),
-        "cpu": True,
-    }
-    if recipe.device != "auto":
-        if not have[recipe.device]:
-            there = ", ".join(d for d, yes in have.items() if yes)
-            raise UserError(
-                f"device: {recipe.device} is not on this machine; there is: {there}", "burnish doctor"
-            )
-        return Choice(recipe.device, "as the recipe says")
-    for device, why in (("cuda", "an NVIDIA GPU is here"), ("mps", "an Apple GPU is here")):
-        if have[device]:
-            return Choice(device, why)
-    return Choice("cpu", "no GPU was found")
-
-
-def _dtypes(recipe: Recipe, device: str, machine: Machine) -> tuple[Choice[str], Choice[str]]:
-    """The dtype the weights are held in, and the one that is computed in."""
-    native = {"cuda": machine.gpu_bfloat16, "mps": machine.gpu_bfloat16, "cpu": machine.cpu_bfloat16}[device]
-    where = "this CPU" if device == "cpu" else "this GPU"
-    if recipe.backend == "reference":
-        if recipe.dtype == "bfloat16":
-            raise UserError(
-                "the reference backend computes in float32; dtype bfloat16 is not for it", "set dtype=float32"
-            )
-        exact = Choice("float32", "the reference backend is exact")
-        return exact, exact
-    if recipe.dtype == "float32":
-        asked = Choice("float32", "as the recipe says")
-        return asked, asked
-    if recipe.dtype == "auto" and device == "cpu" and not native:
-        plain = Choice("float32", "this CPU has no bfloat16 arithmetic")
-        return plain, plain
-    held = Choice(
-        "bfloat16", "as the recipe says" if recipe.dtype == "bfloat16" else "half of float32's memory"
-    )
-    if native:
-        return held, Choice("bfloat16", f"{where} computes in bfloat16")
-    return held, Choice("float32", f"{where} only emulates bfloat16: weights are widened as they are used")
 
 
 def _targets(recipe: Recipe, spec: ModelSpec) -> Choice[tuple[str, ...]]:
@@ -232,28 +180,17 @@ def _length(recipe: Recipe, spec: ModelSpec, stats: DataStats | None) -> Choice[
     return Choice(asked, "train.max_length; the data may turn out shorter")
 
 
-def _loss_slice(spec: ModelSpec) -> Choice[int]:
+def _loss_slice(spec: ModelSpec, backend: str, compute: str) -> Choice[int]:
+    if backend == "mlx":
+        rows = MLX_SLICE_BYTES // (ELEMENT_BYTES[compute] * spec.vocab_size)
+        rows = min(MLX_SLICE_MOST, max(64, rows // 64 * 64))
+        return Choice(rows, f"{rows} tokens × {spec.vocab_size} words of {compute} logits at a time")
     rows = LOSS_SLICE_BYTES // (4 * spec.vocab_size)
     rows = max(64, rows // 64 * 64)
     return Choice(rows, f"{rows} tokens × {spec.vocab_size} words of float32 logits at a time")
 
 
-def _budget(device: str, machine: Machine) -> Choice[int]:
-    keep = 1 - MARGIN[device]
-    if device == "cuda":
-        first = next(g for g in machine.gpus if g.kind == "cuda")  # the one that "cuda" means
-        return Choice(int(first.free_bytes * keep), f"free GPU memory less a margin of {MARGIN[device]:.0%}")
-    if device == "mps":
-        share = METAL_SHARE_LARGE if machine.ram_bytes > METAL_LARGE_BYTES else METAL_SHARE_SMALL
-        working_set = min(int(machine.ram_bytes * share), machine.free_ram_bytes)
-        return Choice(
-            int(working_set * keep),
-            f"Metal's working set ({share:.0%} of RAM, or what is free) less {MARGIN[device]:.0%}",
-        )
-    return Choice(int(machine.free_ram_bytes * keep), f"free memory less a margin of {MARGIN[device]:.0%}")
-
-
-def _keep_layers(recipe: Recipe, spec: ModelSpec, shape: Shape, budget: int) -> Choice[int]:
+def _keep_layers(recipe: Recipe, spec: ModelSpec, fits: Callable[[int], bool]) -> Choice[int]:
     asked = recipe.train.keep_layers
     if asked != "auto":
         if asked > spec.n_layers:
@@ -262,7 +199,7 @@ def _keep_layers(recipe: Recipe, spec: ModelSpec, shape: Shape, budget: int) -> 
                 f"set train.keep_layers to at most {spec.n_layers}, or to auto",
             )
         return Choice(asked, "as the recipe says")
-    n = largest(spec.n_layers, lambda k: total(estimate(spec, replace(shape, keep_layers=k))) <= budget, 0)
+    n = largest(spec.n_layers, fits, 0)
     if n == spec.n_layers:
         return Choice(n, "memory allows every layer's activations, so none is recomputed")
     return Choice(n, f"memory allows the activations of {n} layers; {spec.n_layers - n} are recomputed")

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from burnish.backends.base import Sampling, Token
 from burnish.backends.sampling import choose, stream
 from burnish.backends.torch.device import free_cache, translated
+from burnish.errors import Unsupported
 
 
 def generate(
@@ -25,9 +26,14 @@ def generate(
     prompts: Sequence[Sequence[int]],
     how: Sampling,
 ) -> Iterator[Token]:
-    """Yields every row's tokens as they come. Closing the iterator frees the cache."""
+    """Yields every row's tokens as they come. Closing the iterator frees the cache.
+
+    Raises Unsupported, at the first token, where a quantised cache is asked for.
+    """
     if not prompts or how.max_new_tokens < 1:
         return
+    if how.cache_bits:
+        raise Unsupported("generation.cache_bits: a quantised key-value cache is for backend mlx, not torch")
     width = max(len(p) for p in prompts)
     tokens = torch.zeros((len(prompts), width), dtype=torch.int64)
     mask = torch.zeros((len(prompts), width + how.max_new_tokens), dtype=torch.int64)

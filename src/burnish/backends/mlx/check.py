@@ -1,0 +1,80 @@
+"""Does a model taken apart do what it does whole? Asked of every model that is opened, with few tokens.
+
+mlx-lm has more than a hundred model types, and more come. Those that do something between their layers, or
+mix tokens by other means than attention, would train wrong without a word; here they are found out on their
+own numbers.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from burnish.backends.mlx.attention import Mask, ours
+from burnish.backends.mlx.decoder import Decoder
+from burnish.errors import Unsupported
+
+# Relative to the size of what is compared. Rounding stays far below, a part left out far above.
+EXACT, ROUNDED = 1e-3, 0.1
+_LENGTH, _BORDERS = 16, (7, 4, 10)  # tokens of a row, and where its second example begins
+
+
+def check_whole(decoder: Decoder, n_words: int, exact: bool) -> None:
+    """Raises Unsupported where the parts do not give the logits of the whole. exact: computed in float32."""
+    tokens = _tokens(n_words)
+    wanted = decoder.model(tokens)
+    got = decoder.logits(_hidden(decoder, tokens))
+    if _apart(got, wanted) > (EXACT if exact else ROUNDED):
+        raise Unsupported(
+            f"mlx-lm's {_kind(decoder)} does more than go from layer to layer, so it cannot be trained one "
+            "layer at a time"
+        )
+
+
+def check_packed(decoder: Decoder, n_words: int, exact: bool) -> None:
+    """Raises Unsupported where an example is changed by another in its row, or by another row's borders."""
+    tokens = mx.concatenate([_tokens(n_words), _tokens(n_words)[:1]])
+    length = tokens.shape[1]
+    # Three rows with borders of their own: a mask may be right for one row and land elsewhere for several.
+    numbers = mx.arange(length)[None] >= mx.array(_BORDERS)[:, None]
+    segments = (numbers[:, :, None] == numbers[:, None, :]) & mx.tri(length).astype(mx.bool_)
+    try:
+        together = _hidden(decoder, tokens, segments[:, None])
+    except ValueError:  # shapes that do not go together
+        together = None
+    for row, border in enumerate(_BORDERS):
+        alone = _hidden(decoder, tokens[row : row + 1, border:])
+        if together is None or _apart(together[row : row + 1, border:], alone) > (
+            EXACT if exact else ROUNDED
+        ):
+            raise Unsupported(
+                f"mlx-lm's {_kind(decoder)} does not keep the examples of a row apart: set train.pack=false"
+            )
+
+
+def _tokens(n_words: int) -> mx.array:
+    drawn = np.random.default_rng(0).integers(0, n_words, (2, _LENGTH))
+    return mx.array(drawn.astype(np.int32))
+
+
+def _kind(decoder: Decoder) -> str:
+    return type(decoder.model).__module__.rsplit(".", 1)[-1]
+
+
+def _hidden(decoder: Decoder, tokens: mx.array, segments: mx.array | None = None) -> mx.array:
+    """Hidden states after the last layer, the plain way."""
+    hidden, calls = decoder.calls(tokens)
+    with ours(decoder.layers):
+        for layer, call in zip(decoder.layers, calls, strict=True):
+            mask: Mask = call.mask
+            if segments is not None:
+                mask = segments & mask if isinstance(mask, mx.array) else segments
+            hidden = call.to(layer, hidden, mask)
+            mx.eval(hidden)
+    return hidden
+
+
+def _apart(got: mx.array, wanted: mx.array) -> float:
+    """The root mean square of the difference, relative to that of `wanted`."""
+    got, wanted = got.astype(mx.float32), wanted.astype(mx.float32)
+    return float(mx.sqrt(((got - wanted) ** 2).mean() / (wanted**2).mean()))
