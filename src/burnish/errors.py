@@ -52,9 +52,9 @@ class NonFinite(Exception):
 
 class Unsupported(Exception):
     """The backend cannot do this. `kind` is what a policy may act on: 'dtype' (mixed element types),
-    'operation'.
+    'operation', 'model' (this model, on any device).
     """
 
-    def __init__(self, message: str, kind: Literal["dtype", "operation"] = "operation") -> None:
+    def __init__(self, message: str, kind: Literal["dtype", "operation", "model"] = "operation") -> None:
         super().__init__(message)
         self.kind = kind

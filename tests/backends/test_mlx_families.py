@@ -117,7 +117,7 @@ EVERY: list[Case] = [
          query_pre_attn_scalar=12, raw={"sliding_window_pattern": 6, "rope_theta": 1_000_000.0}),
     case("gemma4_text", "either"),
     case("cohere", "right", logit_scale=0.5),
-    case("cohere", "refused", "qk-norm", logit_scale=0.5, use_qk_norm=True),
+    case("cohere", "right", "qk-norm", logit_scale=0.5, use_qk_norm=True),
     case("cohere2", "right", num_hidden_layers=4, sliding_window=8, logit_scale=0.5,
          raw={"sliding_window_pattern": 4}),
     case("stablelm", "right", use_qkv_bias=True, raw={"partial_rotary_factor": 0.25}, head_dim=None),

@@ -117,8 +117,27 @@ def test_rows_under_one_mask_are_shorter_where_they_pad_as_little() -> None:
     assert dear.row_length.value == 2048, "the longest must fit"
 
 
-@pytest.mark.parametrize("device", ["metal", "cuda", "cpu"])
-def test_mlx_pads_and_masks_on_every_device_as_mps_does(device: str) -> None:
+def test_mlx_on_a_cpu_pads_to_finer_lengths_and_prefers_short_rows() -> None:
+    lengths = [20 + i * 7 % 300 for i in range(400)]
+    cpu, metal = (laid_out(lengths, device, backend="mlx") for device in ("cpu", "metal"))
+    assert all(n % 16 == 0 for n in cpu.lengths.value) and cpu.lengths.value != metal.lengths.value
+    assert metal.pack.value and not cpu.pack.value and "attend more than they save" in cpu.pack.reason
+    assert cpu.micro_batch.value < 8 and "like length" in cpu.micro_batch.reason
+    asked = laid_out(lengths, "cpu", backend="mlx", micro_batch=8)
+    assert asked.micro_batch.value == 8
+
+
+def test_families_that_do_not_pack_are_trained_one_example_a_row() -> None:
+    lengths = [20 + i * 7 % 300 for i in range(400)]
+    train, stats = Train(), DataStats(len(lengths), max(lengths), sum(lengths), sum(lengths), tuple(lengths))
+    for asked, pack in ((train, False), (train.model_copy(update={"pack": True}), True)):
+        layout = lay_out(asked, "metal", "mlx", max(lengths), stats, lambda rows, row: True, "it leaks")
+        assert layout.pack.value is pack
+        assert layout.pack.reason == ("as the recipe says" if pack else "it leaks")
+
+
+@pytest.mark.parametrize("device", ["metal", "cuda"])
+def test_mlx_pads_and_masks_on_a_gpu_as_mps_does(device: str) -> None:
     lengths = [20 + i * 7 % 300 for i in range(400)]
     cases: list[dict[str, Any]] = [{}, {"pack": True, "batch_size": 64}, {"batch_size": 1}]
     for asked in cases:

@@ -131,9 +131,9 @@ def test_the_budget_on_metal_is_that_of_mps() -> None:
 
 @pytest.mark.parametrize(
     ("words", "compute", "rows"),
-    [(152064, "bfloat16", 512), (152064, "float32", 256), (4096, "bfloat16", 2048), (10**6, "float32", 64)],
+    [(152064, "bfloat16", 256), (152064, "float32", 128), (4096, "bfloat16", 2048), (10**6, "float32", 64)],
 )
-def test_the_slice_of_the_loss_is_160_mib_in_what_is_computed_in(words: int, compute: str, rows: int) -> None:
+def test_the_slice_of_the_loss_is_80_mib_in_what_is_computed_in(words: int, compute: str, rows: int) -> None:
     spec = replace(SMALL, vocab_size=words)
     assert planned(spec, with_mlx(recorded.M4_MAX_128), f"dtype={compute}").loss_slice.value == rows
 
@@ -146,7 +146,7 @@ def test_the_slice_of_the_loss_is_160_mib_in_what_is_computed_in(words: int, com
         (recorded.M2_MAX_32, (), "metal", "float32", 1, 0, False, 31.9),
         (recorded.M2_MAX_32, ("quantize=8bit",), "metal", "float32", 1, 0, False, 19.8),
         (recorded.M2_MAX_32, ("quantize=4bit",), "metal", "float32", 1, 28, True, 19.4),
-        (recorded.M4_MAX_128, (), "metal", "bfloat16", 1, 48, True, 35.8),
+        (recorded.M4_MAX_128, (), "metal", "bfloat16", 1, 48, True, 35.69),
         (recorded.M4_MAX_128, ("quantize=4bit",), "metal", "bfloat16", 1, 48, True, 16.2),
         (recorded.H100, (), "cuda", "bfloat16", 5, 48, True, 62.2),
         (recorded.H100, ("quantize=4bit",), "cuda", "bfloat16", 5, 48, True, 42.7),

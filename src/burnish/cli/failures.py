@@ -26,7 +26,9 @@ def exit_code_of(error: Exception) -> int | None:
         )
         return EXIT_FAILED
     if isinstance(error, Unsupported):
-        _say(f"this backend cannot do it: {error}", "try dtype=float32 or device=cpu")
+        other = "" if ": set " in str(error) else "set backend=torch"  # many name their own remedy
+        hint = other if error.kind == "model" else "try dtype=float32 or device=cpu"
+        _say(f"this backend cannot do it: {error}", hint)
         return EXIT_FAILED
     return None
 

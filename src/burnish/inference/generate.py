@@ -51,7 +51,7 @@ def next_rung(rung: Rung, error: Exception) -> Rung | None:
         return None
     if isinstance(error, OutOfMemory):
         return HALF if rung is ASKED else CPU
-    if isinstance(error, Unsupported):
+    if isinstance(error, Unsupported) and error.kind != "model":
         return FLOAT32 if error.kind == "dtype" and rung is not FLOAT32 else CPU
     return None
 

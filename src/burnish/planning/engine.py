@@ -16,6 +16,8 @@ from burnish.recipe import Recipe
 MLX_FAMILIES = (
     "cohere", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"
 )  # fmt: skip
+# Of those, and of others that mlx-lm has, these let examples of a row touch: they are trained one a row.
+MLX_UNPACKED = ("gemma2", "hunyuan_v1_dense")
 MLX_PACKAGES = ("mlx", "mlx-lm")
 # Apple's recommended working set, as a share of RAM, where it cannot be asked: about 2/3 up to 36 GB, 3/4
 # above.

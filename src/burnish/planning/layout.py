@@ -30,6 +30,10 @@ ENOUGH_TOKENS = {"cpu": 2048, "cuda": 8192, "mps": 2048, "metal": 2048}
 # and mlx on any.
 PADDED = ("mps",)
 BUCKET = 64  # positions; fixed lengths are multiples of it
+# MLX on a CPU compiles a shape in a moment, but computes attention's scores far slower than it multiplies
+# (measured, SmolLM2 on two cores: attention is as dear as all else at rows of about 750), and is busy with
+# few rows: a pass costs about 16 positions more, however small it is.
+CPU_BUCKET, CPU_MASK_DOUBLES, CPU_PASS = 16, 750, 16
 FEW = 8
 PACK_WINDOW = 32  # optimizer steps whose examples are packed together
 # The row length is looked for among this many lengths, on this many windows drawn from the data: a fraction
@@ -55,6 +59,20 @@ class Place:
         """Is padding computed, and are packed rows attended under one mask?"""
         return self.backend == "mlx" or self.device in PADDED
 
+    @property
+    def mlx_cpu(self) -> bool:
+        return self.backend == "mlx" and self.device == "cpu"
+
+    @property
+    def bucket(self) -> int:
+        return CPU_BUCKET if self.mlx_cpu else BUCKET
+
+    def cost(self, positions: float, length: int) -> float:
+        """What so many positions cost in rows of this length, in positions of short rows."""
+        if not self.padded:
+            return positions
+        return positions * (1 + length / (CPU_MASK_DOUBLES if self.mlx_cpu else MASK_DOUBLES))
+
     def __str__(self) -> str:
         return "with mlx" if self.backend == "mlx" else f"on {self.device}"
 
@@ -70,34 +88,46 @@ class Layout:
 
 
 def lay_out(
-    train: Train, device: str, backend: str, longest: int, stats: DataStats | None, fits: Fits
+    train: Train,
+    device: str,
+    backend: str,
+    longest: int,
+    stats: DataStats | None,
+    fits: Fits,
+    alone: str = "",
 ) -> Layout:
-    """longest: tokens of the longest example there is or, before the data is read, may be."""
+    """longest: tokens of the longest example there is or, before the data is read, may be. alone: why a row
+    cannot hold several examples; '': it can.
+    """
     sizes = [n - 1 for n in stats.sizes] if stats is not None else []
     place, windows, most = Place(backend, device), _windows(train, sizes), train.batch_size
     lengths = _lengths(place, longest, sizes)
     planned = lengths.value[-1] if lengths.value else longest
     micro = _rows(train, device, planned, most, fits, "the whole batch at once")
+    if place.mlx_cpu and train.micro_batch == "auto" and windows:
+        micro = _fewer_rows(place, train.batch_size, windows, lengths.value, micro)
     row_length = _row_length(train, place, longest, windows, fits)
     pack = _pack(train, place, windows, row_length.value, lengths.value, planned, micro.value)
+    if alone and train.pack == "auto":
+        pack = Choice(False, alone)
     if pack.value:
         planned, most = row_length.value, _most_rows(windows, train.batch_size, row_length.value)
         micro = _rows(train, device, planned, most, fits, "every row of a step at once")
     return Layout(pack, row_length, lengths, micro, planned, most)
 
 
-def up(positions: int) -> int:
+def up(positions: int, bucket: int = BUCKET) -> int:
     """Rounded up to a whole number of buckets."""
-    return max(1, -(-positions // BUCKET)) * BUCKET
+    return max(1, -(-positions // bucket)) * bucket
 
 
-def few_lengths(positions: Sequence[int], few: int = FEW) -> tuple[int, ...]:
-    """At most `few` multiples of BUCKET, ascending, that pad these rows least, one by one; the exact optimum.
+def few_lengths(positions: Sequence[int], few: int = FEW, bucket: int = BUCKET) -> tuple[int, ...]:
+    """At most `few` multiples of `bucket`, ascending, that pad these rows least, one by one: the optimum.
 
     Dynamic programming over the buckets that hold a row: the cheapest way to serve the first j of them with k
     lengths ends in the j-th, after the cheapest way to serve the first i with k - 1.
     """
-    held = sorted(Counter(up(n) for n in positions).items())
+    held = sorted(Counter(up(n, bucket) for n in positions).items())
     tops, below = [top for top, _ in held], [0, *accumulate(n for _, n in held)]
     cost: list[float] = [0.0, *[float("inf")] * len(tops)]
     ways: list[list[int]] = []
@@ -141,10 +171,10 @@ def first_fit(positions: Sequence[int], row_length: int) -> list[list[int]]:
 def _lengths(place: Place, longest: int, sizes: list[int]) -> Choice[tuple[int, ...]]:
     if not place.padded:
         return Choice((), f"padding is dropped before it is computed {place}: rows stay as they are")
-    top = up(longest - 1)
+    top = up(longest - 1, place.bucket)
     if not sizes:
         return Choice((top,), "the longest row there may be; the data decides when it is read")
-    found = few_lengths([*sizes, longest - 1])
+    found = few_lengths([*sizes, longest - 1], bucket=place.bucket)
     return Choice(found, f"every new shape compiles {place}; these pad the data's rows least")
 
 
@@ -159,6 +189,21 @@ def _rows(train: Train, device: str, length: int, most: int, fits: Fits, whole: 
     if n == enough:
         return Choice(n, f"{n * length} tokens keep the device busy")
     return Choice(n, "as many rows as memory allows")
+
+
+def _fewer_rows(
+    place: Place, batch_size: int, windows: list[list[int]], lengths: Sequence[int], most: Choice[int]
+) -> Choice[int]:
+    """Fewer rows a pass than `most`, where that saves more padding than the passes cost."""
+
+    def cost(rows: int) -> float:
+        passes = sum(-(-len(step) // rows) for step in _steps_of(windows, batch_size))
+        return _padded_cost(place, windows, batch_size, rows, lengths) + CPU_PASS * passes
+
+    rows = min((n for n in (1, 2, 4, 8, 16, 32) if n < most.value), key=cost, default=most.value)
+    if cost(rows) >= cost(most.value):
+        return most
+    return Choice(rows, "rows of like length together: less padding")
 
 
 def _enough(device: str, length: int) -> int:
@@ -195,8 +240,7 @@ def _row_length(
     low = least if masked else max(least, up(wanted * 3 // 4))
     candidates = range(min(low, fitting), fitting + 1, BUCKET)
     candidates = candidates[:: -(-len(candidates) // CANDIDATES)]
-    dear = (lambda n: 1 + n / MASK_DOUBLES) if masked else lambda n: 1
-    length = min(candidates, key=lambda n: dear(n) * _largest_steps(windows, size, n))
+    length = min(candidates, key=lambda n: place.cost(_largest_steps(windows, size, n), n))
     empty = 1 - real / _packed_positions(windows, size, length)
     if wanted <= least:
         why = "the longest example decides"
@@ -234,15 +278,27 @@ def _packed_positions(windows: list[list[int]], batch_size: int, length: int) ->
     return length * sum(max(len(first_fit(w, length)), _steps(w, batch_size)) for w in windows)
 
 
-def _padded_positions(windows: list[list[int]], batch_size: int, micro: int, lengths: Sequence[int]) -> int:
-    """Positions where rows are padded to one of `lengths`, the longest rows of a step together."""
-    total = 0
-    for window in windows:
-        for start in range(0, len(window), batch_size):
-            step = sorted(window[start : start + batch_size], reverse=True)
-            parts = [step[i : i + micro] for i in range(0, len(step), micro)]
-            total += sum(len(p) * next(n for n in lengths if n >= p[0]) for p in parts)
-    return total
+def _steps_of(windows: list[list[int]], batch_size: int) -> list[list[int]]:
+    """The windows' steps where nothing is packed."""
+    return [w[i : i + batch_size] for w in windows for i in range(0, len(w), batch_size)]
+
+
+def _padded(
+    windows: list[list[int]], batch_size: int, micro: int, lengths: Sequence[int]
+) -> list[tuple[int, int]]:
+    """(rows, length) of each pass where rows are padded to one of `lengths`, a step's longest together."""
+    found = []
+    for step in _steps_of(windows, batch_size):
+        ordered = sorted(step, reverse=True)
+        parts = [ordered[i : i + micro] for i in range(0, len(ordered), micro)]
+        found += [(len(p), next(n for n in lengths if n >= p[0])) for p in parts]
+    return found
+
+
+def _padded_cost(
+    place: Place, windows: list[list[int]], batch_size: int, micro: int, lengths: Sequence[int]
+) -> float:
+    return sum(place.cost(rows * n, n) for rows, n in _padded(windows, batch_size, micro, lengths))
 
 
 def _pack(
@@ -264,9 +320,14 @@ def _pack(
         computed = f"padding is computed {place}"
         if not windows:
             return Choice(True, f"{computed}; the data decides when it is read")
-        alone = _padded_positions(windows, train.batch_size, micro, lengths)
+        alone = sum(rows * n for rows, n in _padded(windows, train.batch_size, micro, lengths))
         together = _packed_positions(windows, train.batch_size, row_length)
         shares = f"{1 - real / together:.0%} of positions packed, {1 - real / alone:.0%} unpacked"
+        if place.mlx_cpu:
+            dear = _padded_cost(place, windows, train.batch_size, micro, lengths)
+            longer = "; long packed rows would attend more than they save"
+            cheaper = place.cost(together, row_length) <= dear
+            return Choice(cheaper, f"{computed}: about {shares}{'' if cheaper else longer}")
         return Choice(together <= alone, f"{computed}: about {shares}")
     dropped = f"padding is dropped before it is computed {place}"
     if not windows:

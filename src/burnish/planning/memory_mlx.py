@@ -26,7 +26,9 @@ GROUP = 64  # weights that share a scale and a bias
 WORK_INTERMEDIATE, WORK_HIDDEN, WORK_QUERIES = 6, 10, 3
 WIDENED = 2  # weights that are dequantised or widened at one time
 SCORES_BLOCK_BYTES = 64 << 20  # of attention's scores, float32, in one block
-SCORES_BLOCKS = 4  # scores, probabilities and the gradients of both
+SCORES_BLOCKS = 8  # scores, probabilities, the gradients of both, and what is widened of them
+# Families that compute their scores themselves: all heads' at once, and the gradient's copies of them.
+OWN_ATTENTION, OWN_SCORES = ("gemma2",), 6
 HEAD_TILE = 16384  # words of the head that are multiplied at one time
 # What mx.get_peak_memory does not count: the context (CUDA) or the driver's own (Metal); on the CPU Python
 # and what the allocator keeps.
@@ -113,9 +115,11 @@ def layer_work(spec: ModelSpec, s: Shape) -> int:
 
 def scores_bytes(spec: ModelSpec, s: Shape) -> int:
     """Attention's scores, block by block; a fused kernel for CUDA in bfloat16 writes none."""
-    if s.device == "cuda" and s.compute == "bfloat16":
-        return 0
     every = 4 * spec.n_heads * s.micro_batch * s.length**2
+    if spec.model_type in OWN_ATTENTION:
+        return OWN_SCORES * every
+    if s.device == "cuda" and s.compute == "bfloat16" and spec.head_dim <= 128:
+        return 0
     return SCORES_BLOCKS * min(SCORES_BLOCK_BYTES, every)
 
 

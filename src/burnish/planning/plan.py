@@ -19,6 +19,7 @@ from burnish.machine.probe import Machine
 from burnish.models.spec import ModelSpec
 from burnish.planning.choice import Choice, DataStats
 from burnish.planning.engine import (
+    MLX_UNPACKED,
     check_cache_bits,
     choose_backend,
     choose_budget,
@@ -115,7 +116,11 @@ def make_plan(recipe: Recipe, spec: ModelSpec, machine: Machine, stats: DataStat
         passes = -(-recipe.train.batch_size // rows)  # at most: packed, a step may have fewer rows
         return total(parts(replace(shape, micro_batch=rows, length=row, passes=passes))) <= budget.value
 
-    layout = lay_out(recipe.train, device.value, backend.value, length.value, stats, fits)
+    alone = f"mlx-lm's {spec.model_type} does not keep the examples of a row apart"
+    unpacked = backend.value == "mlx" and spec.model_type in MLX_UNPACKED
+    layout = lay_out(
+        recipe.train, device.value, backend.value, length.value, stats, fits, alone if unpacked else ""
+    )
     rows = layout.micro_batch.value
     shape = replace(shape, micro_batch=rows, length=layout.planned, passes=-(-layout.step_rows // rows))
     keep = _keep_layers(recipe, spec, lambda k: total(parts(replace(shape, keep_layers=k))) <= budget.value)

@@ -29,6 +29,7 @@ from burnish.inference.generate import answer, check_window, sampling
 from burnish.machine.probe import Machine, probe
 from burnish.models.spec import ModelSpec, spec_of
 from burnish.models.tokenizer import Tokenizer, load_tokenizer
+from burnish.planning.memory import Part
 from burnish.planning.plan import Choice, Plan, make_plan
 from burnish.recipe import Recipe, dump
 from burnish.runs.events import (
@@ -105,6 +106,8 @@ def run_job(
         open_trackers(recipe, out) as trackers,
     ):
         plan = _pinned(material.plan, run) if resume else material.plan
+        if not plan.fits:
+            raise _too_large(plan)
         run.write_json("plan.json", plan.summary())
         run.write_json("environment.json", _environment(plan.machine))
         for event in _events(material, plan, run, resume, skip_before, stop, began):
@@ -272,7 +275,8 @@ def _pinned(plan: Plan, run: RunFolder) -> Plan:
     values = {name: choices[name]["value"] for name in PINNED}
     values["lengths"] = tuple(values["lengths"])  # JSON knows no tuples
     kept = {name: Choice(value, "as the run began") for name, value in values.items()}
-    return replace(plan, **kept)
+    parts = tuple(Part(p["part"], p["bytes"], p["why"]) for p in began["estimate"])
+    return replace(plan, **kept, estimate=parts)
 
 
 def _too_large(plan: Plan) -> UserError:

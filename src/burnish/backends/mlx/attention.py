@@ -7,31 +7,39 @@ in blocks and computes each block's scores again; so does the forward pass where
     S = scale q kᵀ, P = softmax(S), o = P v
     dv = Pᵀ do;  dS = P (do vᵀ - Σ P (do vᵀ));  dq = scale dS k;  dk = scale dSᵀ q
 
-Masks: "causal" (position t sees s ≤ t), a boolean [..., T, T] that is never true above the diagonal, or None.
+Masks: "causal" (position t sees s ≤ t), numbers to add to the scores, [..., T, T], that hide everything above
+the diagonal, or None.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
+from mlx_lm.models import activations, base
 
+from burnish.backends.mlx.cpu_math import apart, softmax, swiglu
 from burnish.backends.mlx.device import kernels
+from burnish.planning.memory_mlx import SCORES_BLOCK_BYTES
 
-# Float32 scores of one block, all heads.
-BLOCK_BYTES = 64 << 20
-_NAME = "scaled_dot_product_attention"  # mlx-lm's function, as every one of its models imports it
+# On a CPU a block should stay in its cache, and nothing is gained by fewer, larger ones: short blocks skip
+# more of what causality hides.
+CPU_BLOCK_ROWS = 64
+_ATTENTION, _SWIGLU = "scaled_dot_product_attention", "swiglu"
 
 Mask = mx.array | str | None
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -> mx.array:
-    """q [B, H, T, d], k and v [B, K, T, d] with K dividing H → [B, H, T, d]."""
-    have = kernels(mx.default_device(), q.dtype, q.shape[-1])
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, backward: bool = False
+) -> mx.array:
+    """q [B, H, T, d], k and v [B, K, T, d] with K dividing H → [B, H, T, d]. backward: in a backward pass."""
+    have = kernels(mx.default_device(), q.dtype, q.shape[-1], backward)
     if have.fused_backward:
         return _fused(q, k, v, scale, mask)
 
@@ -39,7 +47,10 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         if have.fused_forward:
             return _fused(q, k, v, scale, mask)
-        blocks = [_weights(q, k, scale, mask, at) @ _seen(v, mask, at) for at in _blocks(q)]
+        blocks: list[mx.array] = []
+        for at in _blocks(q):
+            q, k, v = _after(blocks[-1:], q, k, v)
+            blocks.append(_weights(q, k, scale, mask, at) @ _seen(v, mask, at))
         return _regrouped(mx.concatenate(blocks, axis=3), q.shape[:3])
 
     @attend.vjp
@@ -50,9 +61,6 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -
 
 
 def _fused(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -> mx.array:
-    if isinstance(mask, mx.array) and mask.dtype == mx.bool_ and not mx.metal.is_available():
-        # cuDNN takes a mask as a bias: converted here it is one for all heads, converted there one for each.
-        mask = mx.where(mask, mx.array(0, q.dtype), mx.array(mx.finfo(q.dtype).min, q.dtype))
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
@@ -62,10 +70,11 @@ def _backward(
     grouped = _grouped(do, k.shape[1])
     dq, dk, dv = [], mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32)
     for at in _blocks(q):
+        q, k, v, grouped = _after([*dq[-1:], dk, dv], q, k, v, grouped)
         keys, values, do_b = _seen(k, mask, at), _seen(v, mask, at), grouped[:, :, :, at]
         P = _weights(q, k, scale, mask, at).astype(mx.float32)
         dP = (do_b @ values.swapaxes(-1, -2)).astype(mx.float32)
-        dS = (P * (dP - (P * dP).sum(-1, keepdims=True)) * scale).astype(q.dtype)
+        dS = (P * apart(dP - (P * dP).sum(-1, keepdims=True)) * scale).astype(q.dtype)
         q_b = _grouped(q, k.shape[1])[:, :, :, at]
         dq.append(dS @ keys)
         n = keys.shape[-2]
@@ -75,10 +84,17 @@ def _backward(
     return dq_BHTd, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
+def _after(done: list[mx.array], *arrays: mx.array) -> list[mx.array]:
+    """The same arrays, not to be used before `done`: all blocks could begin at once, and MLX lets them."""
+    return mx.depends(list(arrays), done) if done else list(arrays)
+
+
 def _blocks(q: mx.array) -> Iterator[slice]:
-    """Slices of the queries whose scores are BLOCK_BYTES or less, 16 rows at least."""
+    """Slices of the queries whose scores are SCORES_BLOCK_BYTES or less, 16 rows at least."""
     B, H, T, _ = q.shape
-    rows = max(16, BLOCK_BYTES // (4 * B * H * T) // 16 * 16)
+    rows = max(16, SCORES_BLOCK_BYTES // (4 * B * H * T) // 16 * 16)
+    if mx.default_device() == mx.cpu:
+        rows = min(rows, CPU_BLOCK_ROWS)
     return (slice(s, min(s + rows, T)) for s in range(0, T, rows))
 
 
@@ -88,12 +104,16 @@ def _weights(q: mx.array, k: mx.array, scale: float, mask: Mask, at: slice) -> m
     S = (_grouped(q, k.shape[1])[:, :, :, at] * scale) @ keys.swapaxes(-1, -2)
     n = keys.shape[-2]
     if isinstance(mask, str):
-        S = mx.where(mx.arange(at.start, at.stop)[:, None] >= mx.arange(n), S, -mx.inf)
+        S = S + additive(mx.arange(at.start, at.stop)[:, None] >= mx.arange(n), S.dtype)
     elif mask is not None:
         part = mask[..., at, :n]
-        part = part[:, :, None] if part.ndim == 4 else part  # over the heads of a group
-        S = mx.where(part, S, mx.finfo(S.dtype).min) if part.dtype == mx.bool_ else S + part.astype(S.dtype)
-    return mx.softmax(S, axis=-1, precise=True)
+        S = S + (part[:, :, None] if part.ndim == 4 else part)  # over the heads of a group
+    return softmax(S)
+
+
+def additive(sees: mx.array, dtype: mx.Dtype) -> mx.array:
+    """A boolean mask as numbers to add to scores: 0 where it is true, else so little that softmax gives 0."""
+    return mx.where(sees, mx.array(0, dtype), mx.array(mx.finfo(dtype).min / 2, dtype))
 
 
 def _seen(kv: mx.array, mask: Mask, at: slice) -> mx.array:
@@ -111,29 +131,43 @@ def _regrouped(x: mx.array, shape: tuple[int, ...]) -> mx.array:
 
 
 @contextmanager
-def ours(layers: Iterable[nn.Module]) -> Iterator[list[int]]:
-    """Within, the models that these layers come from attend with `attention`; what is given counts the calls.
+def ours(layers: Iterable[nn.Module], backward: bool = False) -> Iterator[None]:
+    """Within, the models that these layers come from attend with `attention`, and on a CPU use our `swiglu`.
 
-    mlx-lm's models import the function by name into their own modules; there it is replaced, and put back.
+    mlx-lm's models import such functions by name into their own modules; there they are replaced, and put
+    back.
     """
-    calls = [0]
-
-    def attend(
-        queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: Any = None
-    ) -> Any:
-        calls[0] += 1
-        if cache is not None or sinks is not None:
-            return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
-        return attention(queries, keys, values, scale, mask)
-
-    modules = {type(m).__module__ for layer in layers for m in layer.modules()}
-    homes = [sys.modules[name] for name in modules if hasattr(sys.modules[name], _NAME)]
-    originals = [getattr(home, _NAME) for home in homes]
-    original = originals[0] if originals else None
-    for home in homes:
-        setattr(home, _NAME, attend)
+    theirs = {_ATTENTION: base.scaled_dot_product_attention, _SWIGLU: activations.swiglu}
+    mine = {_ATTENTION: partial(_attend, theirs[_ATTENTION], backward), _SWIGLU: swiglu}
+    # A model's own file (trust_remote_code) is not among the modules.
+    names = {type(m).__module__ for layer in layers for m in layer.modules()} & sys.modules.keys()
+    places = [
+        (sys.modules[name], called)
+        for name in names
+        for called, function in theirs.items()
+        if getattr(sys.modules[name], called, None) is function
+    ]
+    for module, called in places:
+        setattr(module, called, mine[called])
     try:
-        yield calls
+        yield
     finally:
-        for home, function in zip(homes, originals, strict=True):
-            setattr(home, _NAME, function)
+        for module, called in places:
+            setattr(module, called, theirs[called])
+
+
+def _attend(
+    original: Callable[..., mx.array],
+    backward: bool,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """With mlx-lm's arguments. A cache is for generation; sinks are a matter of its own."""
+    if cache is not None or sinks is not None:
+        return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+    return attention(queries, keys, values, scale, mask, backward)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from burnish.backends.mlx.attention import Mask, ours
+from burnish.backends.mlx.attention import Mask, additive, ours
 from burnish.backends.mlx.decoder import Decoder
 from burnish.errors import Unsupported
 
@@ -27,7 +27,8 @@ def check_whole(decoder: Decoder, n_words: int, exact: bool) -> None:
     if _apart(got, wanted) > (EXACT if exact else ROUNDED):
         raise Unsupported(
             f"mlx-lm's {_kind(decoder)} does more than go from layer to layer, so it cannot be trained one "
-            "layer at a time"
+            "layer at a time",
+            "model",
         )
 
 
@@ -48,7 +49,8 @@ def check_packed(decoder: Decoder, n_words: int, exact: bool) -> None:
             EXACT if exact else ROUNDED
         ):
             raise Unsupported(
-                f"mlx-lm's {_kind(decoder)} does not keep the examples of a row apart: set train.pack=false"
+                f"mlx-lm's {_kind(decoder)} does not keep the examples of a row apart: set train.pack=false",
+                "model",
             )
 
 
@@ -66,9 +68,10 @@ def _hidden(decoder: Decoder, tokens: mx.array, segments: mx.array | None = None
     hidden, calls = decoder.calls(tokens)
     with ours(decoder.layers):
         for layer, call in zip(decoder.layers, calls, strict=True):
-            mask: Mask = call.mask
+            sees: Mask = call.mask
             if segments is not None:
-                mask = segments & mask if isinstance(mask, mx.array) else segments
+                sees = segments & sees if isinstance(sees, mx.array) else segments
+            mask = additive(sees, hidden.dtype) if isinstance(sees, mx.array) else sees
             hidden = call.to(layer, hidden, mask)
             mx.eval(hidden)
     return hidden

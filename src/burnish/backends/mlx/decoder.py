@@ -51,7 +51,7 @@ HIDDEN, MASK = _Place("hidden"), _Place("mask")
 def whole(out: Any, hidden: mx.array, layer: nn.Module) -> mx.array:
     """`out`, if it is hidden states and nothing else."""
     if not isinstance(out, mx.array) or out.shape != hidden.shape:
-        raise Unsupported(f"{type(layer).__name__} gives more than hidden states to the next layer")
+        raise Unsupported(f"{type(layer).__name__} gives more than hidden states to the next layer", "model")
     return out
 
 
@@ -88,9 +88,13 @@ class Decoder:
             with self._replaced([_StandIn(layer, note) for layer in self.layers]):
                 self.model(tokens_BT)
         except (TypeError, ValueError) as e:  # the model unpacks or subscripts what its layers give
-            raise Unsupported(f"this model's layers give more than hidden states to the next one: {e}") from e
+            raise Unsupported(
+                "this model's layers give more than hidden states to the next one", "model"
+            ) from e
         if len(noted) != len(self.layers):
-            raise Unsupported(f"{len(noted)} of {len(self.layers)} layers are called, or some more than once")
+            raise Unsupported(
+                f"{len(noted)} of {len(self.layers)} layers are called, or some more than once", "model"
+            )
         hidden = _first_array(*noted[0])
         return hidden, [_as_call(args, kwargs, hidden) for args, kwargs in noted]
 
@@ -126,7 +130,7 @@ def _home_of_layers(model: nn.Module, n_layers: int) -> tuple[nn.Module, str]:
     outermost = [(module, name) for d, module, name in found if d == depth]
     if len(outermost) != 1:
         kind = type(model).__module__.rsplit(".", 1)[-1]
-        raise Unsupported(f"mlx-lm's {kind} has no single list of {n_layers} decoder layers")
+        raise Unsupported(f"mlx-lm's {kind} has no single list of {n_layers} decoder layers", "model")
     return outermost[0]
 
 
@@ -134,7 +138,7 @@ def _first_array(args: tuple[Any, ...], kwargs: dict[str, Any]) -> mx.array:
     for value in (*args, *kwargs.values()):
         if isinstance(value, mx.array):
             return value
-    raise Unsupported("this model's layers are not called with hidden states")
+    raise Unsupported("this model's layers are not called with hidden states", "model")
 
 
 def _as_call(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: mx.array) -> Call:
@@ -151,12 +155,12 @@ def _as_call(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: mx.array) ->
             if value.dtype == mx.bool_ and value.shape[-2:] == (length, length):
                 masks.append(value)
                 return MASK
-            raise Unsupported("this model hands its layers more than hidden states and a mask")
+            raise Unsupported("this model hands its layers more than hidden states and a mask", "model")
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        raise Unsupported(f"this model hands its layers a {type(value).__name__}")
+        raise Unsupported(f"this model hands its layers a {type(value).__name__}", "model")
 
     call = tuple(place(a) for a in args), tuple((k, place(a)) for k, a in kwargs.items())
     if len(masks) > 1 and any(m is not masks[0] for m in masks):
-        raise Unsupported("this model hands its layers several masks")
+        raise Unsupported("this model hands its layers several masks", "model")
     return Call(*call, masks[0] if masks else None)

@@ -20,7 +20,6 @@ _OUT_OF_MEMORY = (
     "[metal::malloc] Attempting to allocate",  # … N bytes which is greater than the maximum allowed …
     "[metal::malloc] Resource limit",  # … (499000) exceeded: too many buffers, none of them large
     "Insufficient Memory",  # Command buffer execution failed: … (kIOGPUCommandBufferCallbackErrorOutOfMemory)
-    "[malloc] Unable to allocate",
     "Unable to allocate",  # [malloc_async] Unable to allocate N bytes.
     "out of memory",  # cudaMallocAsync(…) failed: out of memory
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -32,6 +31,7 @@ _MISSING_OPERATION = (
     "has no CUDA implementation",
     "Not implemented for",
 )
+METAL_HEADS = (64, 80, 128)
 # Freed buffers that MLX may hold on to, for the next layer to use again.
 _MIN_CACHE_BYTES, _MAX_CACHE_BYTES = 256 << 20, 4 << 30
 
@@ -44,21 +44,18 @@ class Kernels:
     fused_backward: bool
 
 
-def kernels(device: mx.Device, dtype: mx.Dtype, head_dim: int) -> Kernels:
-    """Metal has a fused forward pass; CUDA, through cuDNN, both, in 16 bits and heads of at most 128."""
+def kernels(device: mx.Device, dtype: mx.Dtype, head_dim: int, backward: bool) -> Kernels:
+    """What there is for heads of this size. backward: within a backward pass that runs the layer again.
+
+    Metal has a forward pass, for three sizes, and takes the plain formula where a gradient is traced; CUDA,
+    through cuDNN, has both in 16 bits and heads of at most 128.
+    """
     if device == mx.cpu:
         return Kernels(False, False)
     if mx.metal.is_available():
-        return Kernels(True, False)
+        return Kernels(not backward and head_dim in METAL_HEADS, False)
     cudnn = dtype in (mx.bfloat16, mx.float16) and head_dim <= 128 and head_dim % 8 == 0
     return Kernels(cudnn, cudnn)
-
-
-def sums_one_by_one(device: mx.Device) -> bool:
-    """MLX on the CPU adds a row up in float32 from its first number to its last: over 49,152 words a
-    log-sum-exp is 3e-4 off.
-    """
-    return device == mx.cpu
 
 
 def device_of(name: str) -> mx.Device:
@@ -113,19 +110,13 @@ def limits(needed_bytes: int, budget_bytes: int) -> Iterator[None]:
         mx.set_cache_limit(before[1])
 
 
-@contextmanager
-def wired(device: mx.Device, budget_bytes: int) -> Iterator[None]:
-    """Within, Metal keeps up to `budget_bytes` from being paged out; elsewhere there is no such thing."""
+def wire(device: mx.Device, budget_bytes: int) -> None:
+    """Let Metal keep up to `budget_bytes` from being paged out, in this process; elsewhere do nothing."""
     if device == mx.cpu or not mx.metal.is_available():
-        yield
         return
     # macOS refuses more than the recommended working set.
     most = int(mx.device_info()["max_recommended_working_set_size"])
-    before = mx.set_wired_limit(min(budget_bytes, most))
-    try:
-        yield
-    finally:
-        mx.set_wired_limit(before)
+    mx.set_wired_limit(min(budget_bytes, most))
 
 
 def free_cache() -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from burnish.backends.mlx.attention import Mask, ours
+from burnish.backends.mlx.attention import Mask, additive, ours
 from burnish.backends.mlx.decoder import Call, Decoder
 from burnish.backends.mlx.projection import PLAIN, RECORD, REPLAY, Context, Order
 
@@ -69,7 +69,7 @@ class Pass:
     masks: list[Mask]
     keys: mx.array | None  # uint32 [layers, projections, 2]
     saved: dict[int, Saved]
-    out: mx.array  # hidden states after the last layer
+    out: mx.array | None  # hidden states after the last layer, until the backward pass
 
 
 class _Queue:
@@ -101,7 +101,7 @@ class Engine:
     ) -> Pass:
         """segments: boolean [B, 1, T, T], who may see whom, where rows hold several examples."""
         hidden, calls = self._decoder.calls(tokens_BT)
-        masks = _joined([c.mask for c in calls], segments)
+        masks = _joined([c.mask for c in calls], segments, self._context.compute)
         saved: dict[int, Saved] = {}
         queue = _Queue(self._ahead)
         for i, layer in enumerate(self._layers):
@@ -120,7 +120,7 @@ class Engine:
 
         What `done` has saved is gone afterwards.
         """
-        del done.out
+        done.out = None
         gradients: dict[int, Arrays] = {}
         queue = _Queue(self._ahead)
         for i in reversed(range(self._first, len(self._layers))):
@@ -158,8 +158,8 @@ class Engine:
         name = (kind, layer.signature, str((call.args, call.kwargs)), form, kept, drops)
         if name not in self._compiled:
             run = self._runner(layer, call, mask if isinstance(mask, str) else None)
-            make = _forward if kind == "forward" else _backward
-            self._compiled[name] = mx.compile(make(run, kept, kind == "backward"))
+            made = _forward(run, kept) if kind == "forward" else _backward(run, kept, kind == "backward")
+            self._compiled[name] = mx.compile(made)
         return self._compiled[name]
 
     def _runner(self, layer: _Layer, call: Call, named: str | None) -> Callable[..., tuple[mx.array, Arrays]]:
@@ -168,6 +168,7 @@ class Engine:
 
         def run(
             mode: str,
+            backward: bool,
             hidden: mx.array,
             frozen: Arrays,
             adapter: Arrays,
@@ -182,7 +183,7 @@ class Engine:
             context.outcomes = _paired(outcomes)
             module.update(tree_unflatten(list(given.items())))
             try:
-                with ours([module]):
+                with ours([module], backward):
                     out = call.to(module, hidden, masks[0] if masks else named)
                 return out, _flat(context.outcomes)
             finally:
@@ -192,9 +193,9 @@ class Engine:
         return run
 
 
-def _forward(run: Callable[..., tuple[mx.array, Arrays]], record: bool, _: bool) -> Callable[..., Any]:
+def _forward(run: Callable[..., tuple[mx.array, Arrays]], record: bool) -> Callable[..., Any]:
     def forward(hidden: mx.array, *arguments: Arrays) -> tuple[mx.array, Arrays]:
-        return run(RECORD if record else PLAIN, hidden, *arguments, [])
+        return run(RECORD if record else PLAIN, False, hidden, *arguments, [])
 
     return forward
 
@@ -211,7 +212,7 @@ def _backward(
         def again(*differentiated: mx.array) -> mx.array:
             x = differentiated[0] if wants_input else hidden
             inner = list(differentiated[1:] if wants_input else differentiated)
-            return run(mode, x, frozen, inner, masks, keys, outcomes)[0]
+            return run(mode, True, x, frozen, inner, masks, keys, outcomes)[0]
 
         _, found = mx.vjp(again, [hidden, *adapter] if wants_input else adapter, [slope])
         return (found[0], found[1:]) if wants_input else (slope, found)
@@ -235,14 +236,16 @@ def _paired(flat: Arrays) -> list[tuple[mx.array | None, mx.array | None]]:
     return list(zip(parts[::2], parts[1::2], strict=True))
 
 
-def _joined(own: Sequence[Mask], segments: mx.array | None) -> list[Mask]:
-    """Each layer's mask: its own and, where rows are packed, only within an example."""
-    if segments is None:
-        return list(own)
-    made: dict[int, mx.array] = {}
+def _joined(own: Sequence[Mask], segments: mx.array | None, dtype: mx.Dtype) -> list[Mask]:
+    """Each layer's mask: its own and, where rows are packed, only within an example; as numbers to add.
+
+    Layers that share a mask share what is made of it.
+    """
+    made: dict[int, Mask] = {}
     for mask in own:
         if id(mask) not in made:
-            made[id(mask)] = segments & mask if isinstance(mask, mx.array) else segments
+            sees = mask if segments is None else segments & mask if isinstance(mask, mx.array) else segments
+            made[id(mask)] = additive(sees, dtype) if isinstance(sees, mx.array) else sees
     return [made[id(mask)] for mask in own]
 
 

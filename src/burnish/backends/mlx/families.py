@@ -4,8 +4,8 @@ mlx-lm reads the keys of config.json that it knows, and takes no notice of the o
 by comparing tiny models of every family with transformers (tests/backends/test_mlx_families.py); it is about
 what no check on the model alone could find, because mlx-lm agrees with itself.
 
-Left as it is: mlx-lm rounds Gemma's embedding scale, sqrt(hidden size), to bfloat16, as the models were trained;
-transformers in float32 does not (gradients up to 4e-4 apart where the root is no short number).
+Left as it is: mlx-lm rounds Gemma's embedding scale, sqrt(hidden size), to bfloat16, as the models were
+trained; transformers in float32 does not (gradients up to 4e-4 apart where the root is no short number).
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ from burnish.errors import Unsupported
 from burnish.models.rope import with_rope_said_twice
 from burnish.models.spec import ModelSpec
 
+# What transformers takes where config.json does not say, and mlx-lm takes something else.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2": {"rope_theta": 10_000.0},
+    "smollm3": {"rope_theta": 2_000_000.0},
+    "starcoder2": {"rope_theta": 10_000.0},
+    "cohere": {"rope_theta": 500_000.0},
+    "gemma2": {"query_pre_attn_scalar": 256},
+}
 # Families whose activation mlx-lm does not read from the config, and the one that it takes.
 ACTIVATIONS = {"llama": "silu", "mistral": "silu", "qwen2": "silu", "qwen3": "silu", "starcoder2": "gelu"}
 ATTENTION_CACHES = (KVCache, RotatingKVCache)
@@ -35,10 +43,14 @@ def as_mlx_lm_reads(spec: ModelSpec, config: Mapping[str, Any], length: int) -> 
     """
     kind, act = spec.model_type, config.get("hidden_act", config.get("hidden_activation"))
     if kind in ACTIVATIONS and act not in (None, ACTIVATIONS[kind]):
-        raise Unsupported(f"mlx-lm's {kind} computes {ACTIVATIONS[kind]}, whatever the config says: {act}")
+        raise Unsupported(
+            f"mlx-lm's {kind} computes {ACTIVATIONS[kind]}, whatever the config says: {act}", "model"
+        )
     if kind == "glm":
-        raise Unsupported("mlx-lm's glm rotates whole heads where this model rotates a part of them")
-    said = with_rope_said_twice(config)
+        raise Unsupported("mlx-lm's glm rotates whole heads where this model rotates a part of them", "model")
+    # A head that is stored is a head: where the config does not say, mlx-lm would drop it.
+    said = {**with_rope_said_twice(config), "tie_word_embeddings": spec.tied}
+    said |= {k: v for k, v in DEFAULTS.get(kind, {}).items() if said.get(k) is None}
     scaling = said.get("rope_scaling")
     if isinstance(scaling, Mapping) and "longrope" in (scaling.get("type"), scaling.get("rope_type")):
         said["rope_scaling"] = _short_factors(said, scaling, length)
@@ -54,7 +66,8 @@ def _short_factors(config: Mapping[str, Any], scaling: Mapping[str, Any], length
         return {**scaling, "long_factor": scaling["short_factor"]}
     raise Unsupported(
         f"in mlx-lm this model's rotation is that of rows beyond {original} tokens: set "
-        f"train.max_length={original} or less, or backend=torch"
+        f"train.max_length={original} or less, or backend=torch",
+        "model",
     )
 
 
@@ -83,7 +96,8 @@ def check_attends(model: nn.Module) -> None:
     if others:
         raise Unsupported(
             f"this model has layers that do more than attend ({', '.join(sorted(others))}), which the engine "
-            "does not train"
+            "does not train",
+            "model",
         )
 
 
@@ -98,5 +112,6 @@ def check_window(decoder: Decoder, window: int | None, length: int) -> None:
     if not any(not bool(mask[..., window, 0].any()) for mask in masks):
         raise Unsupported(
             f"this model sees {window} positions back, and in mlx-lm it sees all: set "
-            f"train.max_length={window + 1} or less, or backend=torch"
+            f"train.max_length={window + 1} or less, or backend=torch",
+            "model",
         )

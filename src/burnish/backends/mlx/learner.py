@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ from burnish.backends import adapter_folder
 from burnish.backends.adapter_folder import State
 from burnish.backends.base import Memory, Sampling, Scores, StepStats, Token
 from burnish.backends.mlx.decoder import Decoder
-from burnish.backends.mlx.device import MemoryMeter, free_cache, limits, translated, wired
+from burnish.backends.mlx.device import MemoryMeter, free_cache, limits, translated, wire
 from burnish.backends.mlx.engine import Arrays, Engine
 from burnish.backends.mlx.generate import PrefixCache, generate
 from burnish.backends.mlx.loss import SlicedLoss, Targets
@@ -31,7 +31,8 @@ ROOM_AHEAD = 4
 
 class MlxLearner:
     """Owns the model, its adapter and the optimizer. Made by `load.open_mlx` (or `load.adapt` on a loaded
-    base).
+    base). For one thread: MLX's limits, and what is replaced in mlx-lm while a layer is traced, are the
+    process's.
     """
 
     def __init__(self, decoder: Decoder, context: Context, plan: Plan, device: mx.Device) -> None:
@@ -47,8 +48,7 @@ class MlxLearner:
         self._prefixes = PrefixCache()
         self._put({k: mx.array(v) for k, v in state.weights.items()})
         mx.eval(self._weights)
-        self._wired = ExitStack()
-        self._wired.enter_context(wired(device, plan.budget.value))
+        wire(device, plan.budget.value)
         self._meter = MemoryMeter(device, plan.budget.value)
 
     def _build(self) -> None:
@@ -79,6 +79,12 @@ class MlxLearner:
         return out
 
     def generate(self, prompts: Sequence[Sequence[int]], how: Sampling) -> Iterator[Token]:
+        most = max((max(p) for p in prompts if len(p)), default=0)
+        if most >= self._n_words:  # MLX would read whatever lies beyond the embeddings
+            raise UserError(
+                f"a prompt holds token {most}, but the model has {self._n_words} words",
+                "use the tokenizer that came with the model",
+            )
         tokens = generate(self._decoder.model, prompts, how, self._prefixes)
         try:
             while True:
@@ -88,8 +94,7 @@ class MlxLearner:
                     return
                 yield token
         finally:
-            with self._here():
-                tokens.close()  # type: ignore[attr-defined]
+            tokens.close()  # type: ignore[attr-defined]
 
     def memory(self) -> Memory:
         return self._meter.read()
@@ -111,7 +116,6 @@ class MlxLearner:
 
     def close(self) -> None:
         """Give the memory back; the learner is of no use afterwards."""
-        self._wired.close()
         self.__dict__.clear()
         free_cache()
 
@@ -143,8 +147,9 @@ class MlxLearner:
     def load(self, folder: Path) -> None:
         state = adapter_folder.read(folder, self._plan)  # whole and right, or nothing changes
         with self._here():
+            optimizer = self._optimizer.at(state.first, state.second, state.step)
             self._put({k: mx.array(v) for k, v in state.weights.items()})
-            self._optimizer = self._optimizer.at(state.first, state.second, state.step)
+        self._optimizer = optimizer
         self._step = state.step
 
     def load_adapter(self, folder: Path) -> None:
@@ -212,7 +217,8 @@ def _pace(plan: Plan) -> tuple[int, int]:
     """
     parts = {p.name: p.n_bytes for p in plan.estimate}
     needed, moment = plan.total_bytes - parts["framework"], parts["largest moment"]
-    if plan.total_bytes + ROOM_AHEAD * moment <= plan.budget.value:
+    # On the CPU nothing is gained: who encodes and who computes are the same cores.
+    if plan.device.value != "cpu" and plan.total_bytes + ROOM_AHEAD * moment <= plan.budget.value:
         return 1, needed + ROOM_AHEAD * moment
     return 0, needed - moment // 3
 

@@ -15,7 +15,7 @@ from burnish.backends.mlx.device import device_of, translated
 from burnish.backends.mlx.families import as_mlx_lm_reads, check_attends, check_window, put_right
 from burnish.backends.mlx.learner import MlxLearner
 from burnish.backends.mlx.projection import Context, Embedding, Head, Projection, Weight
-from burnish.backends.mlx.quantize import open_folder, pack
+from burnish.backends.mlx.quantize import cast, open_folder, pack
 from burnish.errors import Unsupported
 from burnish.models.spec import read_config
 from burnish.planning.plan import Plan
@@ -51,13 +51,16 @@ def prepare(model: nn.Module, plan: Plan) -> None:
         pack(model, int(plan.quantize.value.removesuffix("bit")), GROUP_SIZE)
     model.freeze()
     held, compute = DTYPES[plan.weights.value], DTYPES[plan.compute.value]
+
+    def dtype_of(name: str, value: mx.array) -> mx.Dtype:
+        # Scales and biases of packed numbers are what their precision hangs on: widened, never narrowed.
+        if name.endswith((".scales", ".biases")):
+            return compute if compute == mx.float32 else value.dtype
+        return held
+
+    cast(model, dtype_of)
     for module in model.modules():
-        own = {k: v for k, v in module.items() if isinstance(v, mx.array) and not k.startswith("_")}
-        # Scales of packed numbers are what their precision hangs on, and there are few of them.
-        dtype = compute if "scales" in own else held
-        cast = {k: v.astype(dtype) if mx.issubdtype(v.dtype, mx.floating) else v for k, v in own.items()}
-        module.update(cast)
-        mx.eval(cast)
+        mx.eval([v for v in module.values() if isinstance(v, mx.array)])
     mx.clear_cache()
 
 
@@ -106,10 +109,13 @@ def _give_adapter(layer: nn.Module, number: int, plan: Plan) -> None:
         if path not in inside:
             raise Unsupported(
                 f"mlx-lm's {plan.spec.model_type} has no linear layer {path} in its decoder layers; it has "
-                + ", ".join(sorted(inside))
+                + ", ".join(sorted(inside)),
+                "model",
             )
         if "router" in path.split("."):
-            raise Unsupported(f"{path} chooses experts; it is not adapted: set lora.targets=attention")
+            raise Unsupported(
+                f"{path} chooses experts; it is not adapted: set lora.targets=attention", "model"
+            )
         projection = inside[path]
         outs, ins = projection.shape
         A, B = mx.zeros((rank, ins), mx.float32), mx.zeros((outs, rank), mx.float32)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from burnish.backends.mlx.device import sums_one_by_one
+from burnish.backends.mlx.cpu_math import apart, exp
 
 Logits = Callable[[mx.array], mx.array]  # [1, N, D] → [1, N, V]
 _LEAST = 64  # rows of a slice: fewer make the head's product no faster
@@ -29,14 +29,20 @@ class Targets:
     weights_M: np.ndarray  # float32
 
 
+def _exponentials(x_NV: mx.array) -> tuple[mx.array, mx.array]:
+    """exp(x - top) and its sum [N, 1]: on a CPU, where both passes of the loss take them, and where MLX adds
+    a row up in float32 from its first number to its last (over 49,152 words 3e-4 off).
+    """
+    e, whole = exp(apart(x_NV - x_NV.max(axis=1, keepdims=True))), x_NV.shape[1] // _RUN * _RUN
+    total = e[:, :whole].reshape(len(e), -1, _RUN).sum(-1).sum(-1, keepdims=True)
+    return e, total + e[:, whole:].sum(axis=1, keepdims=True)
+
+
 def _logsumexp(x_NV: mx.array) -> mx.array:
     """[N, 1]"""
-    if not sums_one_by_one(mx.default_device()):
+    if mx.default_device() != mx.cpu:
         return mx.logsumexp(x_NV, axis=1, keepdims=True)
-    top = x_NV.max(axis=1, keepdims=True)
-    e, whole = mx.exp(x_NV - top), x_NV.shape[1] // _RUN * _RUN
-    total = e[:, :whole].reshape(len(e), -1, _RUN).sum(-1).sum(-1, keepdims=True)
-    return top + mx.log(total + e[:, whole:].sum(axis=1, keepdims=True))
+    return x_NV.max(axis=1, keepdims=True) + mx.log(_exponentials(x_NV)[1])
 
 
 @mx.custom_function
@@ -53,9 +59,13 @@ def _nll_back(
     """softmax less one at the target, straight in the logits' dtype: no float32 copy is kept."""
     logits_NV, targets_N = primals
     wide = logits_NV.astype(mx.float32)
-    p = mx.exp(wide - _logsumexp(wide))
-    hot = mx.arange(logits_NV.shape[1])[None] == targets_N[:, None]
-    return ((p - hot) * cotangent_N[:, None]).astype(logits_NV.dtype), mx.zeros_like(targets_N)
+    if mx.default_device() == mx.cpu:
+        e, total = _exponentials(wide)
+        p = apart(e / total)
+    else:
+        p = mx.exp(wide - _logsumexp(wide))
+    hot = apart(mx.arange(logits_NV.shape[1])[None] == targets_N[:, None])
+    return (apart(p - hot) * cotangent_N[:, None]).astype(logits_NV.dtype), mx.zeros_like(targets_N)
 
 
 class SlicedLoss:

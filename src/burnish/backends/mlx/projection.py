@@ -18,11 +18,11 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 from mlx import nn
 
+from burnish.planning.memory_mlx import HEAD_TILE
+
 PLAIN, RECORD, REPLAY = "plain", "record", "replay"
 # With fewer rows than this a product with packed numbers is faster than to unpack them first.
 FEW_ROWS = 32
-# Words of the head that are unpacked or widened at a time.
-HEAD_TILE = 16384
 
 # Of a projection: y, and drop(x) Aᵀ where it has an adapter. What no gradient asks for is None.
 Outcome = tuple[mx.array | None, mx.array | None]
@@ -163,13 +163,14 @@ class Projection(Weight):
         return y
 
     def _mask(self, x_ND: mx.array) -> mx.array | None:
-        """0 with probability p, else 1/(1-p): drawn from the key, so drawn again alike."""
+        """0 with probability p, else 1: drawn from the key, so drawn again alike. What is kept counts
+        1/(1-p), which is put into the scale: in 16 bits it would be rounded.
+        """
         context = self._context
         if context.keys is None or not context.dropout or "lora_a" not in self:
             return None
-        keep = 1 - context.dropout
-        kept = mx.random.bernoulli(keep, x_ND.shape, key=context.keys[self.number])
-        return mx.where(kept, mx.array(1 / keep, x_ND.dtype), mx.array(0, x_ND.dtype))
+        kept = mx.random.bernoulli(1 - context.dropout, x_ND.shape, key=context.keys[self.number])
+        return kept.astype(x_ND.dtype)
 
     def _frozen(self, x_ND: mx.array, noted: Outcome | None) -> mx.array:
         W, order = self.matrix(), self._context.order
@@ -187,7 +188,8 @@ class Projection(Weight):
     def _adapted(
         self, x_ND: mx.array, mask: mx.array | None, noted: Outcome | None
     ) -> tuple[mx.array, mx.array]:
-        W, scale, order = self.matrix(), self.scale, self._context.order
+        W, order = self.matrix(), self._context.order
+        scale = self.scale if mask is None else self.scale / (1 - self._context.dropout)
         a, b = self.lora_a.astype(x_ND.dtype), self.lora_b.astype(x_ND.dtype)
 
         def low(x: mx.array) -> mx.array:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import _get_classes, load_model
 
 from burnish import __version__
-from burnish.errors import Unsupported, UserError
+from burnish.backends.mlx.device import translated
+from burnish.errors import Unsupported, UserError, all_problems
 from burnish.models.folder import (
     SHARD_BYTES,
     SPARE_DISK_BYTES,
@@ -112,12 +113,13 @@ def quantize_folder(
     _check_asked(bits, group_size, dtype)
     out = out.resolve()  # OUT may be `.`, which has no name
     check_out(source, out, force)
-    spec, config = read_spec(source), with_rope_said_twice(read_config(source))
+    spec = read_spec(source)
+    config = {**with_rope_said_twice(read_config(source)), "tie_word_embeddings": spec.tied}
     _check_plain(spec, config)
-    with _nothing_kept():
+    with _nothing_kept(), translated():
         model = open_folder(spec, config)
         if dtype:
-            _cast(model, DTYPES[dtype])
+            cast(model, lambda name, value: DTYPES[dtype])
         settings, finite = pack(model, bits, group_size)
         arrays = dict(tree_flatten(model.parameters()))
         quantized = sum(name.endswith(".scales") for name in arrays)
@@ -170,6 +172,10 @@ def _check_plain(spec: ModelSpec, config: Mapping[str, Any]) -> None:
     )
 
 
+# mlx-lm's words for tensors that are missing, or that its model has no place for.
+_NOT_ITS_TENSORS = ("Missing", "Received")
+
+
 def open_folder(spec: ModelSpec, config: dict[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
     """mlx-lm's model of the folder, its weights not read yet. Raises Unsupported where there is none."""
 
@@ -177,8 +183,9 @@ def open_folder(spec: ModelSpec, config: dict[str, Any], *, trust_remote_code: b
         try:
             return _get_classes(config)
         except ValueError as e:
-            raise Unsupported(f"mlx-lm has no model class for model_type {spec.model_type!r}") from e
+            raise Unsupported(f"mlx-lm has no model class for model_type {spec.model_type!r}", "model") from e
 
+    _check_files(spec)
     try:
         return load_model(
             spec.folder,
@@ -189,22 +196,39 @@ def open_folder(spec: ModelSpec, config: dict[str, Any], *, trust_remote_code: b
         )[0]
     except (Unsupported, MemoryError):
         raise
-    # A key missing in the config, tensors too many or few, file names that it does not look for; one of its
-    # models ends the process where a package is missing.
+    # Keys that it needs and the config has not; one of its models ends the process if a package is missing.
     except (Exception, SystemExit) as e:
-        raise Unsupported(
-            f"mlx-lm cannot load {spec.folder} ({spec.model_type}): {type(e).__name__}: {str(e)[:500]}"
-        ) from e
+        problem = f"mlx-lm cannot load {spec.folder}: {type(e).__name__}: {str(e)[:500]}"
+        if isinstance(e, FileNotFoundError) or str(e).startswith(_NOT_ITS_TENSORS):
+            hint = f"check that the folder is whole and that its config.json is that of a {spec.model_type}"
+            raise UserError(problem, hint) from e
+        raise Unsupported(problem, "model") from e
 
 
-def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Floats to dtype, save those that the model's class wants as they are."""
+def _check_files(spec: ModelSpec) -> None:
+    """mlx-lm reads every model*.safetensors there is, whatever the index names."""
+    meant = {t.file for t in spec.tensors.values()}
+    read = {p.name for p in spec.folder.glob("model*.safetensors")}
+    if meant != read:
+        problems = [f"{name}: there, but not of the model" for name in sorted(read - meant)]
+        problems += [f"{name}: not called model*.safetensors" for name in sorted(meant - read)]
+        raise all_problems(
+            f"mlx-lm would not read the files of {spec.folder} that are meant:",
+            problems,
+            "move or rename those files, or set backend=torch",
+        )
+
+
+def cast(model: nn.Module, dtype_of: Callable[[str, mx.array], mx.Dtype]) -> None:
+    """Floats to the dtype given for their name, save those that the model's class wants as they are."""
     wanted = getattr(model, "cast_predicate", lambda name: True)
 
-    def cast(name: str, value: mx.array) -> mx.array:
-        return value.astype(dtype) if wanted(name) and mx.issubdtype(value.dtype, mx.floating) else value
+    def narrowed(name: str, value: mx.array) -> mx.array:
+        if not mx.issubdtype(value.dtype, mx.floating) or not wanted(name):
+            return value
+        return value.astype(dtype_of(name, value))
 
-    model.update(tree_map_with_path(cast, model.parameters()))
+    model.update(tree_map_with_path(narrowed, model.parameters()))
 
 
 def pack(model: nn.Module, bits: int, group_size: int) -> tuple[dict[str, Any], dict[str, mx.array]]:
