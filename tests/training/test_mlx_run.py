@@ -186,7 +186,9 @@ def test_killed_and_resumed_it_is_the_same_run(
 ) -> None:  # fmt: skip
     world = World(tmp_path, tiny_folder)
     asked = recipe(world)
-    code = f"from tests.training.test_mlx_run import child; child({doing!r}, '{n}')"
+    # This process has OpenBLAS (conftest.py); another BLAS would give other bits.
+    blas = "from burnish.machine.blas import use_openblas; use_openblas()"
+    code = f"{blas}; from tests.training.test_mlx_run import child; child({doing!r}, '{n}')"
     path = [str(Path(__file__).parents[2]), *(p for p in sys.path if p)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-c", code]

@@ -25,7 +25,7 @@ GROUP = 64  # weights that share a scale and a bias
 # MLP, as the hidden state, as the queries.
 WORK_INTERMEDIATE, WORK_HIDDEN, WORK_QUERIES = 6, 10, 3
 WIDENED = 2  # weights that are dequantised or widened at one time
-SCORES_BLOCK_BYTES = 64 << 20  # of attention's scores, float32, in one block
+SCORES_BLOCK_BYTES = 32 << 20  # of attention's scores, float32, in one block
 SCORES_BLOCKS = 8  # scores, probabilities, the gradients of both, and what is widened of them
 # Families that compute their scores themselves: all heads' at once, and the gradient's copies of them.
 OWN_ATTENTION, OWN_SCORES = ("gemma2",), 6
