@@ -53,8 +53,8 @@ def mlx_lm(a: Namespace, scratch: str) -> dict[str, Any]:
         "grad_checkpoint": a.checkpoint,
     }  # fmt: skip
     args = Namespace(**{**CONFIG_DEFAULTS, **settings})
-    model, tokenizer = load(a.model)
-    train_set, valid_set, _ = load_dataset(args, tokenizer)
+    model, tokenizer = load(a.model)[:2]
+    train_set, valid_set, _ = load_dataset(args, tokenizer)  # type: ignore[arg-type]
     train_model(args, model, train_set, valid_set, Clock())
     return row("mlx_lm lora", [end for end, _, _ in ends], [n for _, n, _ in ends], ends[-1][2])
 

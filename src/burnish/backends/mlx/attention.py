@@ -54,10 +54,10 @@ def attention(
         return _regrouped(mx.concatenate(blocks, axis=3), q.shape[:3])
 
     @attend.vjp
-    def _(primals: tuple[mx.array, ...], do: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    def _(primals: tuple[mx.array, mx.array, mx.array], do: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         return _backward(*primals, do, scale, mask)
 
-    return attend(q, k, v)
+    return attend(q, k, v)  # type: ignore[return-value]
 
 
 def _fused(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask) -> mx.array:

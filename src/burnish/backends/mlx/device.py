@@ -64,7 +64,7 @@ def device_of(name: str) -> mx.Device:
         return mx.Device(mx.cpu)
     there = mx.metal.is_available() if name == "metal" else mx.cuda.is_available()
     if not there:
-        raise Unsupported(f"the installed MLX has no {name} device", "device")
+        raise Unsupported(f"the installed MLX has no {name} device")
     return mx.Device(mx.gpu)
 
 

@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from burnish.backends.mlx.attention import Mask, additive, ours
 from burnish.backends.mlx.decoder import Call, Decoder
-from burnish.backends.mlx.projection import PLAIN, RECORD, REPLAY, Context, Order
+from burnish.backends.mlx.projection import PLAIN, RECORD, REPLAY, Context, Order, Outcome
 
 Arrays = list[mx.array]
 _ADAPTER = (".lora_a", ".lora_b")
@@ -220,7 +220,7 @@ def _backward(
     return backward
 
 
-def _flat(outcomes: Sequence[tuple[mx.array, mx.array | None]]) -> Arrays:
+def _flat(outcomes: Sequence[Outcome]) -> Arrays:
     """As arrays alone. The last projection's y is added to the residual and no gradient asks for it; its
     place is kept by an empty array.
     """
@@ -231,7 +231,7 @@ def _flat(outcomes: Sequence[tuple[mx.array, mx.array | None]]) -> Arrays:
     return flat
 
 
-def _paired(flat: Arrays) -> list[tuple[mx.array | None, mx.array | None]]:
+def _paired(flat: Arrays) -> list[Outcome]:
     parts = [part if part.size else None for part in flat]
     return list(zip(parts[::2], parts[1::2], strict=True))
 

@@ -73,13 +73,14 @@ def _short_factors(config: Mapping[str, Any], scaling: Mapping[str, Any], length
 
 def put_right(model: nn.Module, spec: ModelSpec) -> None:
     """Correct the modules that mlx-lm made, before their arrays are read."""
+    inner: Any = model.model
     if spec.model_type == "mistral" and spec.window:
         # Mistral 7B 0.1 sees a window back. mlx-lm loads it as a Llama, whose layers can but are not told to.
-        model.model.sliding_window, model.model.swa_idx = spec.window, 0
-        for layer in model.model.layers:
+        inner.sliding_window, inner.swa_idx = spec.window, 0
+        for layer in inner.layers:
             layer.use_sliding = True
     if spec.model_type == "gemma":
-        for layer in model.model.layers:
+        for layer in inner.layers:
             layer.mlp.__class__ = _GemmaMLP
 
 

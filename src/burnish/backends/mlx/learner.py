@@ -74,6 +74,7 @@ class MlxLearner:
         targets = _targets(batch)
         with self._here():
             done = self._engine.forward(*self._rows(batch), train=False)
+            assert done.out is not None
             nll, hit = self._loss.score(done.out, targets)
         out.nll_BT.reshape(-1)[targets.at_M], out.hit_BT.reshape(-1)[targets.at_M] = nll, hit
         return out
@@ -141,8 +142,8 @@ class MlxLearner:
 
     def save(self, folder: Path) -> None:
         arrays = self._weights, self._optimizer.first, self._optimizer.second
-        state = State(*({k: np.array(v) for k, v in some.items()} for some in arrays), self._step)
-        adapter_folder.write(folder, self._plan, state)
+        weights, first, second = ({k: np.array(v) for k, v in some.items()} for some in arrays)
+        adapter_folder.write(folder, self._plan, State(weights, first, second, self._step))
 
     def load(self, folder: Path) -> None:
         state = adapter_folder.read(folder, self._plan)  # whole and right, or nothing changes
@@ -175,6 +176,7 @@ class MlxLearner:
                 continue
             done = self._engine.forward(*self._rows(micro), self._keys(number), train=True)
             targets = _targets(micro)
+            assert done.out is not None
             value, slope = self._loss.gradient(done.out, targets, total)
             for i, arrays in self._engine.backward(done, slope).items():
                 self._add(sums, i, arrays)

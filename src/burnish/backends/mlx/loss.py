@@ -76,13 +76,15 @@ class SlicedLoss:
 
         def values(hidden_ND: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array]:
             out = logits(hidden_ND[None])[0]
-            return _nll(out, targets_N), mx.argmax(mx.stop_gradient(out), axis=1) == targets_N
+            nll_N: mx.array = _nll(out, targets_N)  # type: ignore[assignment]
+            return nll_N, mx.argmax(mx.stop_gradient(out), axis=1) == targets_N
 
         def with_gradient(
             hidden_ND: mx.array, targets_N: mx.array, weights_N: mx.array
         ) -> tuple[mx.array, mx.array]:
             def loss(hidden_ND: mx.array) -> mx.array:
-                return (_nll(logits(hidden_ND[None])[0], targets_N) * weights_N).sum()
+                nll_N: mx.array = _nll(logits(hidden_ND[None])[0], targets_N)  # type: ignore[assignment]
+                return (nll_N * weights_N).sum()
 
             return mx.value_and_grad(loss)(hidden_ND)
 

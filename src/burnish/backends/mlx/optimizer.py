@@ -26,8 +26,8 @@ class AdamW:
 
     def at(self, first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], step: int) -> AdamW:
         """One in this state."""
-        moments = ({k: mx.array(v) for k, v in some.items()} for some in (first, second))
-        return AdamW(self.weight_decay, *moments, step)
+        one, two = ({k: mx.array(v) for k, v in some.items()} for some in (first, second))
+        return AdamW(self.weight_decay, one, two, step)
 
     def stepped(
         self, weights: Named, gradients: Mapping[str, mx.array], shrink: float, lr: float

@@ -14,6 +14,7 @@ whose activations are kept is run again in the backward pass without its product
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
 from mlx import nn
@@ -59,12 +60,12 @@ class Matrix:
     scales: mx.array | None
     biases: mx.array | None
     bias: mx.array | None
-    packing: dict[str, int | str]  # group_size, bits, mode; empty: not packed
+    packing: dict[str, Any]  # group_size, bits, mode; empty: not packed
 
     def rows(self, at: slice | mx.array, dtype: mx.Dtype) -> mx.array:
         """Some rows of W in `dtype`."""
-        parts = (None if part is None else part[at] for part in (self.weight, self.scales, self.biases))
-        return self._widened(*parts, dtype)
+        scales, biases = (None if part is None else part[at] for part in (self.scales, self.biases))
+        return self._widened(self.weight[at], scales, biases, dtype)
 
     def full(self, dtype: mx.Dtype) -> mx.array:
         return self._widened(self.weight, self.scales, self.biases, dtype)
@@ -113,12 +114,14 @@ class Matrix:
 class Weight(nn.Module):
     """A module around a Matrix: the arrays of an nn.Linear, an nn.Embedding or a quantised one."""
 
+    weight: mx.array
+
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
         for name in ("weight", "scales", "biases", "bias"):
             if name in source:
                 setattr(self, name, source[name])
-        self.packing: dict[str, int | str] = {}
+        self.packing: dict[str, Any] = {}
         if "scales" in source:
             self.packing = {"group_size": source.group_size, "bits": source.bits, "mode": source.mode}
 
@@ -129,8 +132,8 @@ class Weight(nn.Module):
         return rows, columns * 32 // int(self.packing["bits"]) if self.packing else columns
 
     def matrix(self) -> Matrix:
-        parts = (self.get(name) for name in ("weight", "scales", "biases", "bias"))
-        return Matrix(*parts, self.packing)
+        scales, biases, bias = (self.get(name) for name in ("scales", "biases", "bias"))
+        return Matrix(self.weight, scales, biases, bias, self.packing)
 
 
 class Projection(Weight):
@@ -183,7 +186,7 @@ class Projection(Weight):
         def _(primals: mx.array, dy: mx.array, _: mx.array) -> mx.array:
             return W.back(dy, order)
 
-        return product(x_ND)
+        return product(x_ND)  # type: ignore[return-value]
 
     def _adapted(
         self, x_ND: mx.array, mask: mx.array | None, noted: Outcome | None
@@ -206,15 +209,17 @@ class Projection(Weight):
 
         @product.vjp
         def _(primals: tuple[mx.array, ...], dy: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-            x = primals[0]
-            dh = (dy @ b) * scale
+            x, _, B = primals
+            # Scaled in float32: beside 16 bits MLX would round the scale itself.
+            dh = dy @ (B * scale).astype(dy.dtype)
             dA = dh.T @ (x if mask is None else x * mask)
             dB = (dy.T @ h_NR).astype(mx.float32) * scale
             dx = W.back(dy, order)
             dx = mx.addmm(dx, dh, a) if mask is None else dx + (dh @ a) * mask
             return dx, dA.astype(mx.float32), dB
 
-        return product(x_ND, self.lora_a, self.lora_b), h_NR
+        y: mx.array = product(x_ND, self.lora_a, self.lora_b)  # type: ignore[assignment]
+        return y, h_NR
 
 
 class Head(Weight):
@@ -245,7 +250,7 @@ def _tiled(W: Matrix, x_ND: mx.array) -> mx.array:
             dx = dx + dy[:, at] @ W.after(dx).rows(at, dy.dtype)
         return dx.astype(dy.dtype)
 
-    y = product(x_ND)
+    y: mx.array = product(x_ND)  # type: ignore[assignment]
     return y if W.bias is None else y + W.bias.astype(x_ND.dtype)
 
 
