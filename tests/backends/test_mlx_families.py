@@ -78,7 +78,7 @@ EVERY: list[Case] = [
     case("llama", "right", "llama3-rope", **rope("llama3", original_max_position_embeddings=32, **LLAMA3)),
     case("llama", "right", "linear-rope", **rope("linear", factor=4.0)),
     case("llama", "right", "dynamic-rope", **rope("dynamic", factor=4.0), max_position_embeddings=64),
-    case("llama", "either", "gelu", hidden_act="gelu"),
+    case("llama", "refused", "gelu", hidden_act="gelu"),
     case("mistral", "right", "window", sliding_window=8),
     case("mistral", "right", "no-window", sliding_window=None),
     case("ministral3", "refused"),
@@ -89,7 +89,7 @@ EVERY: list[Case] = [
     case("qwen3", "right", "yarn", **rope("yarn", factor=4.0, original_max_position_embeddings=32)),
     case("phi3", "right", sliding_window=None),
     case("phi3", "refused", "window", sliding_window=8),
-    case("phi3", "either", "longrope", sliding_window=None, original_max_position_embeddings=32, **rope(
+    case("phi3", "refused", "longrope", sliding_window=None, original_max_position_embeddings=32, **rope(
         "longrope", short_factor=[1.0, 1.5, 2.0, 3.0], long_factor=[2.0, 3.0, 4.0, 6.0])),
     case("smollm3", "right", num_hidden_layers=4, no_rope_layer_interval=4),
     case("seed_oss", "right"),
@@ -101,21 +101,21 @@ EVERY: list[Case] = [
     case("internlm3", "right"),
     case("olmo2", "right"),
     case("olmo3", "right", num_hidden_layers=4, sliding_window=8, raw={"rope_theta": 500000.0}),
-    case("olmo3", "either", "bare", num_hidden_layers=4, sliding_window=8),
+    case("olmo3", "right", "bare", num_hidden_layers=4, sliding_window=8),
     case("exaone4", "right", num_hidden_layers=4, sliding_window=8, sliding_window_pattern=4,
          raw={"rope_scaling": None, "sliding_window_pattern": "LLLG"}),
     case("glm4", "right", raw={"partial_rotary_factor": 0.5}),
-    case("glm", "either", raw={"partial_rotary_factor": 0.5}),
+    case("glm", "refused", raw={"partial_rotary_factor": 0.5}),
     case("apertus", "right", raw={"mlp_bias": False, "post_norm": False, "qk_norm": True}),
     case("nanochat", "refused"),
     # --- others: norms, caps, parallel layers, their own activations ---
-    case("gemma", "either", hidden_size=64),
+    case("gemma", "right", hidden_size=64),
     case("gemma2", "alone", hidden_size=64, final_logit_softcapping=5.0, attn_logit_softcapping=4.0,
          query_pre_attn_scalar=12),
-    case("gemma2", "either", "window", hidden_size=64, sliding_window=8),
+    case("gemma2", "refused", "window", hidden_size=64, sliding_window=8),
     case("gemma3_text", "right", hidden_size=64, num_hidden_layers=6, sliding_window=8,
          query_pre_attn_scalar=12, raw={"sliding_window_pattern": 6, "rope_theta": 1_000_000.0}),
-    case("gemma4_text", "either"),
+    case("gemma4_text", "refused"),
     case("cohere", "right", logit_scale=0.5),
     case("cohere", "right", "qk-norm", logit_scale=0.5, use_qk_norm=True),
     case("cohere2", "right", num_hidden_layers=4, sliding_window=8, logit_scale=0.5,
@@ -124,7 +124,7 @@ EVERY: list[Case] = [
     case("stablelm", "right", "parallel", num_hidden_layers=3, use_parallel_residual=True, qk_layernorm=True,
          raw={"partial_rotary_factor": 0.25}),
     case("starcoder2", "right", "gelu", hidden_act="gelu", sliding_window=None),
-    case("starcoder2", "either", "tanh", sliding_window=None),
+    case("starcoder2", "refused", "tanh", sliding_window=None),
     case("starcoder2", "refused", "window", hidden_act="gelu", sliding_window=8),
     case("phi", "right", num_key_value_heads=4, raw={"partial_rotary_factor": 0.5}),
     case("nemotron", "right", raw={"partial_rotary_factor": 0.5}),
@@ -133,12 +133,12 @@ EVERY: list[Case] = [
     case("gpt2", "refused", raw={"n_ctx": 256}),
     case("gpt_bigcode", "refused"),
     case("olmo", "either"),  # this module of mlx-lm ends the process where another package is missing
-    case("minicpm3", "either"),
+    case("minicpm3", "refused"),
     case("bitnet", "refused"),
     # --- states, and what is no decoder ---
-    case("mamba", "either"),
+    case("mamba", "refused"),
     case("falcon_h1", "refused"),
-    case("lfm2", "either"),
+    case("lfm2", "refused"),
     case("recurrent_gemma", "refused", num_hidden_layers=3),
 ]  # fmt: skip
 FEW: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -148,7 +148,7 @@ EXPERTS: list[Case] = [
     case("qwen3_moe", "refused", raw={"num_experts": 4}, num_experts=4, **FEW),
     case("qwen2_moe", "refused", shared_expert_intermediate_size=16, raw={"num_experts": 4}, num_experts=4,
          **FEW),
-    case("granitemoe", "either", num_local_experts=4, **FEW),
+    case("granitemoe", "refused", num_local_experts=4, **FEW),
     case("gpt_oss", "refused", num_local_experts=4, **FEW),
 ]  # fmt: skip
 # Transformers 5 writes `rope_parameters`, not `rope_theta`: a reader of old keys would take a default.

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from burnish.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_WILL_NOT_FIT
+from tests.tiny import tiny_model
 from tests.world import PAIRS, World
 
 TRAIN = ["train", "recipe.yaml", "--out", "out"]
@@ -447,9 +448,160 @@ def device_not_here(w: World) -> list[str]:
     return [*TRAIN, "device=mps"]
 
 
-@bad("backend: mlx is not part of this version", "→ leave `backend` out")
-def backend_not_here(w: World) -> list[str]:
+@bad("backend: expected 'auto', 'torch', 'mlx' or 'reference'; got 'mxl'", "→ burnish recipes --schema")
+def backend_misspelt(w: World) -> list[str]:
+    return [*TRAIN, "backend=mxl"]
+
+
+@bad("backend: mlx needs mlx and mlx-lm, which are not installed", "→ pip install 'burnish[mlx]'")
+def mlx_not_installed(w: World) -> list[str]:
     return [*TRAIN, "backend=mlx"]
+
+
+@bad("backend: mlx needs mlx-lm, which is not installed", "→ pip install 'burnish[mlx]'")
+def mlx_lm_not_installed(w: World) -> list[str]:
+    return [*TRAIN, "backend=mlx"]
+
+
+@bad("device: metal is not on this machine; there is: cpu", "→ burnish doctor")
+def metal_not_here(w: World) -> list[str]:
+    return [*TRAIN, "backend=mlx", "device=metal"]
+
+
+@bad(
+    "device: cuda: this build of mlx has no CUDA",
+    "→ pip uninstall -y mlx-cpu; pip install 'burnish[mlx-cuda]'",
+)
+def mlx_without_cuda(w: World) -> list[str]:
+    return [*TRAIN, "backend=mlx", "device=cuda"]
+
+
+@bad("quantize: expected 'none', '4bit' or '8bit'; got '3bit'", "→ burnish recipes --schema")
+def quantize_to_no_bits(w: World) -> list[str]:
+    return [*TRAIN, "backend=mlx", "quantize=3bit"]
+
+
+@bad(
+    "quantize: 8bit is for backend mlx only; this run is planned for torch",
+    "→ set quantize=4bit, or backend=mlx",
+)
+def quantize_8bit_with_torch(w: World) -> list[str]:
+    return [*TRAIN, "backend=torch", "quantize=8bit"]
+
+
+@bad(
+    "generation.cache_bits: 8 is for backend mlx only",
+    "→ leave generation.cache_bits out, or set backend=mlx",
+)
+def cache_bits_with_torch(w: World) -> list[str]:
+    return [*TRAIN, "backend=torch", "generation.cache_bits=8"]
+
+
+@bad("generation.cache_bits: expected 4 or 8; got 3", "→ burnish recipes --schema")
+def cache_bits_of_no_kind(w: World) -> list[str]:
+    return [*TRAIN, "backend=mlx", "generation.cache_bits=3"]
+
+
+# --- folders that MLX quantised, and models that it cannot read ---
+
+
+def _mlx_folder(w: World) -> Path:
+    """A model in 4 bits, made by `burnish convert`, named four."""
+    pytest.importorskip("mlx_lm")
+    whole = tiny_model(w.root / "whole", "llama", hidden_size=64, intermediate_size=128)
+    said = w.burnish("convert", str(whole), "four", "--quantize", "4bit")
+    assert said.code == 0, said.err
+    return w.root / "four"
+
+
+def _change_config(folder: Path, **changes: object) -> None:
+    """Keys of config.json set, or taken away where None."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@bad("four is an MLX folder, quantised in 4 bits; backend torch cannot read it", "→ set backend=mlx")
+def mlx_folder_with_torch(w: World) -> list[str]:
+    _mlx_folder(w)
+    return [*TRAIN, "model=four", "backend=torch"]
+
+
+@bad("four is an MLX folder; it needs mlx and mlx-lm", "→ pip install 'burnish[mlx]'")
+def mlx_folder_and_mlx_not_installed(w: World) -> list[str]:
+    _mlx_folder(w)
+    return [*TRAIN, "model=four"]
+
+
+@bad("quantize: 8bit, but", "four is quantised already, to 4bit", "→ leave `quantize` out")
+def mlx_folder_to_other_bits(w: World) -> list[str]:
+    _mlx_folder(w)
+    return [*TRAIN, "model=four", "quantize=8bit"]
+
+
+@bad("packed weights, and config.json has no `quantization` to explain them", "→ use an unquantised copy")
+def mlx_folder_without_its_quantization(w: World) -> list[str]:
+    _change_config(_mlx_folder(w), quantization=None, quantization_config=None)
+    return [*TRAIN, "model=four"]
+
+
+@bad("quantised in a form burnish does not train: MLX's mxfp4", "→ use an unquantised copy")
+def mlx_folder_of_another_mode(w: World) -> list[str]:
+    _change_config(_mlx_folder(w), quantization={"group_size": 32, "bits": 4, "mode": "mxfp4"})
+    return [*TRAIN, "model=four"]
+
+
+@bad("four/model.safetensors is truncated:", "→ download model.safetensors again")
+def mlx_folder_truncated(w: World) -> list[str]:
+    path = _mlx_folder(w) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return [*TRAIN, "model=four"]
+
+
+@bad("four is quantised already (4 bits by MLX)", "→ burnish trains MLX folders as they are")
+def convert_an_mlx_folder(w: World) -> list[str]:
+    return ["convert", str(_mlx_folder(w)), "eight", "--quantize", "8bit"]
+
+
+@bad("four exists", "→ choose another name, or pass --force")
+def convert_to_what_exists(w: World) -> list[str]:
+    _mlx_folder(w)
+    return ["convert", "whole", "four", "--quantize", "4bit"]
+
+
+@bad("mlx-lm has no model class for model_type 'newllm'", "→ set backend=torch", code=EXIT_FAILED)
+def generate_from_a_model_that_mlx_does_not_know(w: World) -> list[str]:
+    pytest.importorskip("mlx_lm")
+    _change_config(w.copied_model(), model_type="newllm")
+    return ["generate", "model", "hello", "--set", "backend=mlx"]
+
+
+@bad(
+    "model-extra.safetensors: there, but not of the model",
+    "→ move or rename those files, or set backend=torch",
+)
+def generate_beside_a_stray_weight_file(w: World) -> list[str]:
+    pytest.importorskip("mlx_lm")
+    folder = w.copied_model()
+    header = b'{"junk":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (folder / "model-extra.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    return ["generate", "model", "hello", "--set", "backend=mlx"]
+
+
+@bad("adapter is an adapter as mlx-lm keeps it; expected a LoRA adapter of PEFT", "→ burnish convert")
+def generate_from_an_adapter_of_mlx_lm(w: World) -> list[str]:
+    w.write("adapter/adapter_config.json", '{"fine_tune_type": "lora", "lora_parameters": {"rank": 2}}')
+    return ["generate", "adapter", "hello"]
+
+
+@bad("adapter has no recipe.yaml, and its layers_to_transform names some of the layers only", "→")
+def generate_from_an_adapter_of_some_layers(w: World) -> list[str]:
+    config = {
+        "peft_type": "LORA", "base_model_name_or_path": str(w.model), "r": 2, "lora_alpha": 2,
+        "target_modules": ["q_proj"], "layers_to_transform": [2],
+    }  # fmt: skip
+    w.write("adapter/adapter_config.json", json.dumps(config))
+    return ["generate", "adapter", "hello"]
 
 
 @bad(
@@ -554,11 +706,17 @@ def machine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     import burnish.cli.generate
     import burnish.cli.plan
     import burnish.training.job
-    from tests.tiny import MACHINE
+    from tests.tiny import GPU, MACHINE
 
-    small = replace(MACHINE, free_ram_bytes=50 << 20) if "will_not_fit" in request.node.name else MACHINE
+    others = {
+        "will_not_fit": replace(MACHINE, free_ram_bytes=50 << 20),
+        "mlx_not_installed": replace(MACHINE, versions={}),
+        "mlx_lm_not_installed": replace(MACHINE, versions={"mlx": "0.32.4"}),
+        "mlx_without_cuda": replace(MACHINE, gpus=(GPU,)),
+    }
+    this = next((other for name, other in others.items() if name in request.node.name), MACHINE)
     for module in (burnish.training.job, burnish.cli.plan, burnish.cli.generate):
-        monkeypatch.setattr(module, "probe", lambda _: small)
+        monkeypatch.setattr(module, "probe", lambda _: this)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

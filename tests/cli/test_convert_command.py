@@ -102,12 +102,20 @@ CASES: list[tuple[list[str], str, str]] = [
     (["m.gguf", "out", "--quantize", "4bit"], "read as GGUF: --quantize does not apply", "leave"),
     (["empty", "out"], "empty holds neither config.json nor adapter_config.json", "give a GGUF file"),
     (["gone", "out"], "gone does not exist", "give the path of one .gguf file"),
+    (["gone", "out", "--quantize", "4bit"], "gone does not exist", "a model folder"),
+    (["ADAPTER", "out", "--model", "gone"], "gone: there is no such folder", "the adapter's base model"),
+    (["run", "out"], "nor adapter_config.json: it is a run", "run/adapter"),
+    (["MODEL", "m.gguf", "--quantize", "4bit"], "m.gguf exists", "choose another name"),
+    (["MODEL", "m.gguf", "--quantize", "4bit", "--force"], "m.gguf is not a model folder", "another name"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("argv", "says", "hint"), CASES, ids=[" ".join(c[0]) for c in CASES])
 def test_what_is_refused(argv: list[str], says: str, hint: str, world: World, llama: Path, adapter: Path):
+    if "4bit" in argv and "m.gguf" in argv[1:]:
+        pytest.importorskip("mlx_lm")
     (world.root / "empty").mkdir()
+    shutil.copytree(adapter, world.root / "run" / "adapter")
     (world.root / "m.gguf").write_bytes(b"GGUF")
     before = sorted(p.name for p in world.root.iterdir())
     places = {"MODEL": str(llama), "ADAPTER": str(adapter)}

@@ -35,9 +35,16 @@ def convert_command(
         _only(f"{source} is a model folder", to=to, model=model)
         report, line = _model(source, out, quantize, dtype, force)
     elif source.is_dir():
+        ran = (source / "adapter" / "adapter_config.json").is_file()
         raise UserError(
-            f"{source} holds neither config.json nor adapter_config.json",
-            "give a GGUF file, a model folder or an adapter folder",
+            f"{source} holds neither config.json nor adapter_config.json" + (": it is a run" if ran else ""),
+            f"burnish convert {source / 'adapter'} {out}"
+            if ran
+            else "give a GGUF file, a model folder or an adapter folder",
+        )
+    elif not source.exists():  # before any option is said not to apply to it
+        raise UserError(
+            f"{source} does not exist", "give the path of one .gguf file, a model folder or an adapter folder"
         )
     else:
         _only(f"{source} is not a folder, so it is read as GGUF", to=to, model=model, quantize=quantize)
@@ -95,6 +102,10 @@ def _adapter(
     if to not in (None, other):
         problem = f"it is one of {own}'s already" if to == own else "expected mlx or peft"
         raise UserError(f"{source}: --to {to}: {problem}", f"burnish convert {source} {out} --to {other}")
+    if model is not None and not model.is_dir():
+        raise UserError(
+            f"--model {model}: there is no such folder", "give the folder of the adapter's base model"
+        )
     if other == "mlx":
         report = to_mlx(source, out, model=model, force=force)
     else:

@@ -88,11 +88,21 @@ def _of_adapter(place: Path, overrides: list[str]) -> tuple[Recipe, Path, str]:
         system = recipe.data.system if asked else told.get("system", recipe.data.system)
         data = recipe.data.model_copy(update={"system": system})
         return recipe.model_copy(update={"data": data}), place, told["format"]
+    if "fine_tune_type" in _read(place / "adapter_config.json", ()):
+        raise UserError(
+            f"{place} is an adapter as mlx-lm keeps it; expected a LoRA adapter of PEFT",
+            f"burnish convert {place} OUT, then burnish generate OUT",
+        )
     config = _read(
         place / "adapter_config.json", ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
     )
     targets = config["target_modules"]
-    if not isinstance(targets, list) or config.get("layers_to_transform"):
+    if config.get("layers_to_transform"):
+        raise UserError(
+            f"{place} has no recipe.yaml, and its layers_to_transform names some of the layers only",
+            "open the adapter folder that the run wrote; others need target_modules on every layer",
+        )
+    if not isinstance(targets, list):
         raise UserError(
             f"{place} was made elsewhere, with targets that burnish cannot name: {targets!r:.60}",
             "adapters with a list of target_modules on every layer can be opened",

@@ -73,7 +73,7 @@ def _short_factors(config: Mapping[str, Any], scaling: Mapping[str, Any], length
 
 def put_right(model: nn.Module, spec: ModelSpec) -> None:
     """Correct the modules that mlx-lm made, before their arrays are read."""
-    inner: Any = model.model
+    inner: Any = getattr(model, "model", None)  # as the two families below name it
     if spec.model_type == "mistral" and spec.window:
         # Mistral 7B 0.1 sees a window back. mlx-lm loads it as a Llama, whose layers can but are not told to.
         inner.sliding_window, inner.swa_idx = spec.window, 0
