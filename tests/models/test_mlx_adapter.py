@@ -373,10 +373,31 @@ def test_an_out_that_exists(plain: Path, tmp_path: Path):
         to_mlx(plain, out)
     (out / "old.txt").write_text("old")
     to_mlx(plain, out, force=True)
-    assert sorted(p.name for p in out.iterdir()) == ["adapter_config.json", "adapters.safetensors"]
+    carried = {"README.md"}  # PEFT's own
+    assert {p.name for p in out.iterdir()} - carried == {"adapter_config.json", "adapters.safetensors"}
     letters = tmp_path / "letters"
     letters.mkdir()
     (letters / "dear.txt").write_text("dear")
     with pytest.raises(UserError, match="not an adapter folder"):
         to_mlx(plain, letters, force=True)
     assert (letters / "dear.txt").is_file()
+
+
+def test_what_stands_beside_the_weights_is_carried_along(tmp_path: Path, tiny_folder: Path) -> None:
+    """Tokenizer, template, recipe: without them the adapter would be asked otherwise than it was trained."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    source = tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_folder))
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(source)
+    beside = {"recipe.yaml": "name: x\n", "burnish.json": "{}\n", "chat_template.jinja": "{{ messages }}"}
+    for name, text in beside.items():
+        (source / name).write_text(text)
+    (source / "optimizer.safetensors").write_bytes(b"not carried")
+    to_mlx(source, tmp_path / "mlx", model=tiny_folder)
+    to_peft(tmp_path / "mlx", tmp_path / "back", tiny_folder)
+    for folder in (tmp_path / "mlx", tmp_path / "back"):
+        assert {name: (folder / name).read_text() for name in beside} == beside
+        assert not (folder / "optimizer.safetensors").exists()

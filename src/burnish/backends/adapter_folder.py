@@ -180,4 +180,9 @@ def _check_shapes(path: Path, got: Mapping[str, np.ndarray], expected: Mapping[s
         if k in got and got[k].shape != shape
     ]
     if problems:
-        raise all_problems(f"{path} does not fit this run's adapter:", problems)
+        raise all_problems(
+            f"{path} does not fit this model, or its settings of lora:",
+            sorted(problems),
+            "use the model that the adapter was trained for: its adapter_config.json names it",
+            shown=5,
+        )

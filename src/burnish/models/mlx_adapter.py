@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,7 @@ def to_mlx(source: Path, out: Path, *, model: Path | None = None, force: bool = 
     with replacing(out) as partial:
         write_bits(partial / MLX_WEIGHTS, new_header(weights.items(), {"format": "mlx"}), weights)
         write_json(partial / ADAPTER, said)
+        _carry(source, partial)
     return _report(source, out, "mlx", adapter, kept=False)
 
 
@@ -149,7 +151,17 @@ def to_peft(source: Path, out: Path, model: Path | None = None, *, force: bool =
     with replacing(out) as partial:
         write_bits(partial / PEFT_WEIGHTS, header, _in_peft(adapter))
         (partial / ADAPTER).write_text(text, encoding="utf-8", newline="")
+        _carry(source, partial)
     return _report(source, out, "peft", adapter, kept=text == config.get("peft_config"))
+
+
+def _carry(source: Path, out: Path) -> None:
+    """What stands beside the weights: tokenizer, chat template, recipe. Without them the adapter would be
+    asked otherwise than it was trained.
+    """
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix != ".safetensors" and path.name != ADAPTER:
+            shutil.copy2(path, out / path.name)
 
 
 def _report(source: Path, out: Path, to: str, adapter: Adapter, kept: bool) -> AdapterReport:
