@@ -391,7 +391,7 @@ def test_what_stands_beside_the_weights_is_carried_along(tmp_path: Path, tiny_fo
     source = tmp_path / "adapter"
     model = AutoModelForCausalLM.from_pretrained(str(tiny_folder))
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    get_peft_model(model, config).save_pretrained(source)
+    get_peft_model(model, config).save_pretrained(str(source))
     beside = {"recipe.yaml": "name: x\n", "burnish.json": "{}\n", "chat_template.jinja": "{{ messages }}"}
     for name, text in beside.items():
         (source / name).write_text(text)
