@@ -25,7 +25,7 @@ from burnish import backends
 from burnish.backends import adapter_folder
 from burnish.backends.base import Learner
 from burnish.data.batches import Batch
-from burnish.errors import UserError
+from burnish.errors import Unsupported, UserError
 from burnish.recipe import Recipe, load
 from burnish.runs.events import Event, Finished, Planned, Stepped, Validated
 from burnish.training.job import run_job
@@ -254,3 +254,17 @@ def test_the_adapter_scores_alike_on_torch(untouched: tuple[World, list[Event]],
         (there,) = [e for e in run(asked, world.out) if isinstance(e, Validated)]
     assert there.loss == pytest.approx(best.loss, abs=1e-5)
     assert there.accuracy == best.accuracy
+
+
+@pytest.mark.parametrize("fault", ["unknown", "stray"])
+def test_a_model_that_is_refused_leaves_no_run(tmp_path: Path, tiny_folder: Path, fault: str) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    if fault == "stray":
+        shutil.copy(folder / "model.safetensors", folder / "model-old.safetensors")
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "newllm"}))
+    world = World(tmp_path / "world", folder)
+    with pytest.raises((Unsupported, UserError), match="newllm" if fault == "unknown" else "model-old"):
+        run(recipe(world), world.out)
+    assert not world.out.exists()

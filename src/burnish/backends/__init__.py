@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from burnish.backends.base import Learner
 from burnish.errors import UserError
 from burnish.machine.blas import use_openblas
@@ -29,15 +31,25 @@ def open(plan: Plan) -> Learner:
             ) from e
         return open_torch(plan)
     if name == "mlx":
-        use_openblas()
-        try:
-            from burnish.backends.mlx.load import open_mlx
-        except ModuleNotFoundError as e:
-            package = (e.name or "").partition(".")[0]
-            if package not in ("mlx", "mlx_lm"):
-                raise
-            raise UserError(
-                f"the mlx backend needs {package}, which is not installed", "pip install 'burnish[mlx]'"
-            ) from e
-        return open_mlx(plan)
+        return _mlx().open_mlx(plan)
     raise UserError(f"there is no backend {name!r} in this version", "set backend=torch")
+
+
+def check(plan: Plan) -> None:
+    """Raises UserError or Unsupported, as `open` would, where that is known before a weight is read."""
+    if plan.backend.value == "mlx":
+        _mlx().check_model(plan)
+
+
+def _mlx() -> ModuleType:
+    use_openblas()
+    try:
+        from burnish.backends.mlx import load
+    except ModuleNotFoundError as e:
+        package = (e.name or "").partition(".")[0]
+        if package not in ("mlx", "mlx_lm"):
+            raise
+        raise UserError(
+            f"the mlx backend needs {package}, which is not installed", "pip install 'burnish[mlx]'"
+        ) from e
+    return load

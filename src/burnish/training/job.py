@@ -99,6 +99,7 @@ def run_job(
     began = time.monotonic()
     material = gather(recipe, out)
     check_trackers(recipe)
+    backends.check(material.plan)
     if not material.plan.fits:
         raise _too_large(material.plan)
     with (

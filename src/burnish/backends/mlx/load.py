@@ -15,7 +15,7 @@ from burnish.backends.mlx.device import device_of, translated
 from burnish.backends.mlx.families import as_mlx_lm_reads, check_attends, check_window, put_right
 from burnish.backends.mlx.learner import MlxLearner
 from burnish.backends.mlx.projection import Context, Embedding, Head, Projection, Weight
-from burnish.backends.mlx.quantize import cast, open_folder, pack
+from burnish.backends.mlx.quantize import cast, check_folder, open_folder, pack
 from burnish.errors import Unsupported
 from burnish.models.spec import read_config
 from burnish.planning.plan import Plan
@@ -33,6 +33,14 @@ def open_mlx(plan: Plan) -> MlxLearner:
     device = device_of(plan.device.value)
     with mx.stream(mx.default_stream(device)), translated():
         return adapt(load_base(plan), plan)
+
+
+def check_model(plan: Plan) -> None:
+    """Raises Unsupported or UserError where `open_mlx` is known to, before a weight is read."""
+    spec, config = plan.spec, read_config(plan.spec.folder)
+    said = as_mlx_lm_reads(spec, config, plan.length.value)
+    if "model_file" not in config:  # else the folder brings its own class
+        check_folder(spec, {**config, **said})
 
 
 def load_base(plan: Plan) -> nn.Module:

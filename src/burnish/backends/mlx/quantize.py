@@ -176,25 +176,30 @@ def _check_plain(spec: ModelSpec, config: Mapping[str, Any]) -> None:
 _NOT_ITS_TENSORS = ("Missing", "Received")
 
 
-def open_folder(spec: ModelSpec, config: dict[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
-    """mlx-lm's model of the folder, its weights not read yet. Raises Unsupported where there is none."""
-
-    def classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
-        try:
-            return _get_classes(config)
-        except ValueError as e:
-            raise Unsupported(f"mlx-lm has no model class for model_type {spec.model_type!r}", "model") from e
-
+def check_folder(spec: ModelSpec, config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+    """mlx-lm's classes for the folder; no weight is read. Raises Unsupported where there are none, UserError
+    where mlx-lm would read other files than are meant.
+    """
     _check_files(spec)
+    try:
+        return _get_classes(config)
+    except ValueError as e:
+        raise Unsupported(f"mlx-lm has no model class for model_type {spec.model_type!r}", "model") from e
+
+
+def open_folder(spec: ModelSpec, config: dict[str, Any], *, trust_remote_code: bool = False) -> nn.Module:
+    """mlx-lm's model of the folder, its weights not read yet. Raises as `check_folder`, and where mlx-lm
+    cannot load it.
+    """
     try:
         return load_model(
             spec.folder,
             lazy=True,
             model_config=config,
-            get_model_classes=classes,
+            get_model_classes=lambda config: check_folder(spec, config),
             trust_remote_code=trust_remote_code,
         )[0]
-    except (Unsupported, MemoryError):
+    except (Unsupported, UserError, MemoryError):
         raise
     # Keys that it needs and the config has not; one of its models ends the process if a package is missing.
     except (Exception, SystemExit) as e:
