@@ -12,6 +12,7 @@ import ctypes
 import gc
 import json
 import resource
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +34,24 @@ def alone(function: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
 
 def say(row: dict[str, Any]) -> None:
     print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+def side_by_side(theirs: str, ours: str) -> None:
+    """Run this script once with `--who theirs`, then with `--who ours`; print what they print, and the ratio.
+
+    For scripts whose last line of each run has `tokens_per_s` and `peak_gib`.
+    """
+    results = []
+    for who in (theirs, ours):
+        command = [sys.executable, *sys.argv, "--who", who]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        print(out, end="", flush=True)
+        results.append(json.loads(out.splitlines()[-1]))
+    their, our = results
+    print(
+        f"speed ours / theirs: {our['tokens_per_s'] / their['tokens_per_s']:.2f}; "
+        f"peak {our['peak_gib']} GiB against {their['peak_gib']} GiB"
+    )
 
 
 def peak_bytes() -> int:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +28,7 @@ from mlx_lm.models import qwen2
 from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from alone import side_by_side
 from geometry import QWEN2, plan_for
 
 GIB = 2**30
@@ -99,8 +98,6 @@ def ours(a: argparse.Namespace) -> None:
     print(
         f"ours: {loaded - began:.1f} s to draw, {time.perf_counter() - loaded:.1f} s to open", file=sys.stderr
     )
-    if a.limit:
-        learner._waits_at_bytes = int(a.limit * GIB)
     told = f"{plan.keep_layers.value} layers kept, slices of {plan.loss_slice.value}, "
     parts = ", ".join(f"{p.name} {p.n_bytes / GIB:.2f}" for p in plan.estimate)
     print(f"ours: {told}estimate {plan.total_bytes / GIB:.2f} GiB: {parts}", file=sys.stderr)
@@ -137,7 +134,7 @@ def measured(name: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     before, began = mx.get_active_memory(), time.perf_counter()
     mx.reset_peak_memory()
     out = run(*args, **kwargs)
-    mx.eval([v for v in vars(out).values() if isinstance(v, mx.array)] if hasattr(out, "saved") else out)
+    mx.eval(out)
     mx.synchronize()
     seconds, after, peak = time.perf_counter() - began, mx.get_active_memory(), mx.get_peak_memory()
     sizes = ", ".join(f"{n} {b / GIB:.2f}" for n, b in (("before", before), ("peak", peak), ("after", after)))
@@ -187,26 +184,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--who", choices=["ours", "mlx_lm", "both"], default="both")
     parser.add_argument("--budget", type=float, default=0, help="GiB of GPU memory, as if no more were there")
-    parser.add_argument(
-        "--limit", type=float, default=0, help="GiB at which MLX waits, instead of the plan's"
-    )
     parser.add_argument("--parts", action="store_true", help="print each part's time and peak first")
     parser.add_argument("overrides", nargs="*", help="recipe overrides, such as quantize=4bit")
     a = parser.parse_args()
-    if a.who != "both":
+    if a.who == "both":
+        side_by_side("mlx_lm", "ours")
+    else:
         {"ours": ours, "mlx_lm": mlx_lm}[a.who](a)
-        return
-    results = []
-    for who in ("mlx_lm", "ours"):
-        command = [sys.executable, *sys.argv, "--who", who]
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ).stdout
-        print(out, end="", flush=True)
-        results.append(json.loads(out.splitlines()[-1]))
-    theirs, mine = results
-    print(
-        f"speed ours / theirs: {mine['tokens_per_s'] / theirs['tokens_per_s']:.2f}; "
-        f"peak {mine['peak_gib']} GiB against {theirs['peak_gib']} GiB"
-    )
 
 
 if __name__ == "__main__":

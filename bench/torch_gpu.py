@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from alone import side_by_side
 from geometry import plan_for, random_model
 
 GIB = 2**30
@@ -141,21 +140,10 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print the kernels of one more step of ours")
     parser.add_argument("overrides", nargs="*", help="recipe overrides for ours, such as train.keep_layers=0")
     a = parser.parse_args()
-    if a.who != "both":
+    if a.who == "both":
+        side_by_side("hf", "ours")
+    else:
         {"ours": ours, "hf": hf}[a.who](a)
-        return
-    results = []
-    for who in ("hf", "ours"):
-        command = [sys.executable, *sys.argv, "--who", who]
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ).stdout
-        print(out, end="", flush=True)
-        results.append(json.loads(out.splitlines()[-1]))
-    theirs, mine = results
-    print(
-        f"speed ours / theirs: {mine['tokens_per_s'] / theirs['tokens_per_s']:.2f}; "
-        f"peak {mine['peak_gib']} GiB "
-        f"against {theirs['peak_gib']} GiB"
-    )
 
 
 if __name__ == "__main__":

@@ -52,9 +52,11 @@ class NonFinite(Exception):
 
 class Unsupported(Exception):
     """The backend cannot do this. `kind` is what a policy may act on: 'dtype' (mixed element types),
-    'operation', 'model' (this model, on any device).
+    'operation', 'model' (this model, on any device). hint: what would do it, where that is known.
     """
 
-    def __init__(self, message: str, kind: Literal["dtype", "operation", "model"] = "operation") -> None:
+    def __init__(
+        self, message: str, kind: Literal["dtype", "operation", "model"] = "operation", hint: str = ""
+    ) -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.hint = kind, hint

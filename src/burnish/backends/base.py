@@ -7,8 +7,8 @@ trace. `tests/contract` holds the clauses; every backend runs them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -73,6 +73,18 @@ class Memory:
     now_bytes: int
     peak_bytes: int
     limit_bytes: int
+
+
+@contextmanager
+def translating(meaning: Callable[[BaseException], Exception | None]) -> Iterator[None]:
+    """A framework's errors inside are raised as what `meaning` takes them for; unchanged where it is None."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:  # NotImplementedError is a RuntimeError
+        ours = meaning(e)
+        if ours is None:
+            raise
+        raise ours from e
 
 
 class Model(Protocol):

@@ -26,9 +26,8 @@ def exit_code_of(error: Exception) -> int | None:
         )
         return EXIT_FAILED
     if isinstance(error, Unsupported):
-        other = "" if ": set " in str(error) else "set backend=torch"  # many name their own remedy
-        hint = other if error.kind == "model" else "try dtype=float32 or device=cpu"
-        _say(f"this backend cannot do it: {error}", hint)
+        usual = "set backend=torch" if error.kind == "model" else "try dtype=float32 or device=cpu"
+        _say(f"this backend cannot do it: {error}", error.hint or usual)
         return EXIT_FAILED
     return None
 

@@ -71,23 +71,28 @@ def estimate_mlx(spec: ModelSpec, s: Shape) -> tuple[Part, ...]:
 
 
 def weight_bytes(spec: ModelSpec, s: Shape) -> int:
-    """Matrices in 4 or 8 bits, embedding and head among them, with a scale and a bias a group in the dtype
-    that is computed in; the rest in the dtype it is held in. A folder that is packed already keeps its bits.
+    """Matrices in 4 or 8 bits, embedding and head among them, with a scale and a bias a group, stored as the
+    folder's numbers or as wide as is computed in; the rest in the dtype it is held in. A folder that is
+    packed already keeps its bits.
     """
-    held, beside = ELEMENT_BYTES[s.weights], ELEMENT_BYTES[s.compute]
+    held, least = ELEMENT_BYTES[s.weights], ELEMENT_BYTES[s.compute]
     if spec.quantization is not None:
         packed, scales = spec.unpacked.keys(), (".scales", ".biases")
         return sum(
-            t.n_bytes if name in packed else math.prod(t.shape) * (beside if name.endswith(scales) else held)
+            t.n_bytes
+            if name in packed
+            else max(t.n_bytes, least * math.prod(t.shape))
+            if name.endswith(scales)
+            else held * math.prod(t.shape)
             for name, t in spec.tensors.items()
         )
     if s.quantize == "none":
         return spec.parameters * held
-    matrices = sum(
-        math.prod(t.shape) for t in spec.tensors.values() if len(t.shape) == 2 and t.shape[1] % GROUP == 0
-    )
-    per_weight = int(s.quantize.removesuffix("bit")) / 8 + 2 * beside / GROUP
-    return round(matrices * per_weight) + (spec.parameters - matrices) * held
+    matrices = [t for t in spec.tensors.values() if len(t.shape) == 2 and t.shape[1] % GROUP == 0]
+    weights = sum(math.prod(t.shape) for t in matrices)
+    stored = max((t.n_bytes // math.prod(t.shape) for t in matrices), default=0)
+    per_weight = int(s.quantize.removesuffix("bit")) / 8 + 2 * max(least, stored) / GROUP
+    return round(weights * per_weight) + (spec.parameters - weights) * held
 
 
 def layer_activation_bytes(spec: ModelSpec, s: Shape) -> int:

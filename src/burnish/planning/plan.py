@@ -35,7 +35,7 @@ from burnish.recipe import Recipe
 # Logits of one slice, float32: small enough to be nothing beside a layer, large enough that the head's matrix
 # product runs at full speed (64 rows and more on every device tried).
 LOSS_SLICE_BYTES = 96 << 20
-# With mlx logits are as wide as what is computed in, and each slice is evaluated: larger ones, to a limit.
+# With mlx a slice's logits are as wide as what is computed in, and its matrix is unpacked for each slice.
 MLX_SLICE_BYTES, MLX_SLICE_MOST = 80 << 20, 2048
 
 Parts = Callable[[Shape], tuple[Part, ...]]
@@ -116,11 +116,9 @@ def make_plan(recipe: Recipe, spec: ModelSpec, machine: Machine, stats: DataStat
         passes = -(-recipe.train.batch_size // rows)  # at most: packed, a step may have fewer rows
         return total(parts(replace(shape, micro_batch=rows, length=row, passes=passes))) <= budget.value
 
-    alone = f"mlx-lm's {spec.model_type} does not keep the examples of a row apart"
-    unpacked = backend.value == "mlx" and spec.model_type in MLX_UNPACKED
-    layout = lay_out(
-        recipe.train, device.value, backend.value, length.value, stats, fits, alone if unpacked else ""
-    )
+    leaks = backend.value == "mlx" and spec.model_type in MLX_UNPACKED
+    alone = f"mlx-lm's {spec.model_type} does not keep the examples of a row apart" if leaks else ""
+    layout = lay_out(recipe.train, device.value, backend.value, length.value, stats, fits, alone)
     rows = layout.micro_batch.value
     shape = replace(shape, micro_batch=rows, length=layout.planned, passes=-(-layout.step_rows // rows))
     keep = _keep_layers(recipe, spec, lambda k: total(parts(replace(shape, keep_layers=k))) <= budget.value)

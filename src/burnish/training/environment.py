@@ -14,7 +14,8 @@ _WANTED = {
 }
 _WANTED_ELSEWHERE = {
     # MLX on CUDA hands over so many operations, or operations on so much, at a time, and waits at its memory
-    # limit only in between. Little at a time keeps the peak low (H100, 14B: as fast as its own defaults).
+    # limit only in between. Little at a time keeps the peak low (H100, 14B, every layer kept: 4,781 tokens/s,
+    # 4,774 with its own defaults).
     "MLX_MAX_OPS_PER_BUFFER": "6",
     "MLX_MAX_MB_PER_BUFFER": "100",
 }

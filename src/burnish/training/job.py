@@ -107,7 +107,7 @@ def run_job(
         open_trackers(recipe, out) as trackers,
     ):
         plan = _pinned(material.plan, run) if resume else material.plan
-        if not plan.fits:
+        if not plan.fits:  # it began with more room than there is now
             raise _too_large(plan)
         run.write_json("plan.json", plan.summary())
         run.write_json("environment.json", _environment(plan.machine))

@@ -14,7 +14,7 @@ the diagonal, or None.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -114,6 +114,18 @@ def _weights(q: mx.array, k: mx.array, scale: float, mask: Mask, at: slice) -> m
 def additive(sees: mx.array, dtype: mx.Dtype) -> mx.array:
     """A boolean mask as numbers to add to scores: 0 where it is true, else so little that softmax gives 0."""
     return mx.where(sees, mx.array(0, dtype), mx.array(mx.finfo(dtype).min / 2, dtype))
+
+
+def joined(own: Sequence[Mask], segments: mx.array | None, dtype: mx.Dtype) -> list[Mask]:
+    """Each layer's mask: its own (boolean or "causal") and, where rows are packed, only within an example, as
+    numbers to add. Layers that share a mask share what is made of it.
+    """
+    made: dict[int, Mask] = {}
+    for mask in own:
+        if id(mask) not in made:
+            sees = mask if segments is None else segments & mask if isinstance(mask, mx.array) else segments
+            made[id(mask)] = additive(sees, dtype) if isinstance(sees, mx.array) else sees
+    return [made[id(mask)] for mask in own]
 
 
 def _seen(kv: mx.array, mask: Mask, at: slice) -> mx.array:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from burnish.backends.mlx.attention import Mask, additive, ours
+from burnish.backends.mlx.attention import joined, ours
 from burnish.backends.mlx.decoder import Decoder
+from burnish.data.packing import segment_mask
 from burnish.errors import Unsupported
 
 # Relative to the size of what is compared. Rounding stays far below, a part left out far above.
@@ -24,7 +25,7 @@ def check_whole(decoder: Decoder, n_words: int, exact: bool) -> None:
     tokens = _tokens(n_words)
     wanted = decoder.model(tokens)
     got = decoder.logits(_hidden(decoder, tokens))
-    if _apart(got, wanted) > (EXACT if exact else ROUNDED):
+    if not _alike(got, wanted, exact):
         raise Unsupported(
             f"mlx-lm's {_kind(decoder)} does more than go from layer to layer, so it cannot be trained one "
             "layer at a time",
@@ -35,22 +36,19 @@ def check_whole(decoder: Decoder, n_words: int, exact: bool) -> None:
 def check_packed(decoder: Decoder, n_words: int, exact: bool) -> None:
     """Raises Unsupported where an example is changed by another in its row, or by another row's borders."""
     tokens = mx.concatenate([_tokens(n_words), _tokens(n_words)[:1]])
-    length = tokens.shape[1]
     # Three rows with borders of their own: a mask may be right for one row and land elsewhere for several.
-    numbers = mx.arange(length)[None] >= mx.array(_BORDERS)[:, None]
-    segments = (numbers[:, :, None] == numbers[:, None, :]) & mx.tri(length).astype(mx.bool_)
+    segments = segment_mask(np.arange(_LENGTH) >= np.array(_BORDERS)[:, None])
     try:
-        together = _hidden(decoder, tokens, segments[:, None])
+        together = _hidden(decoder, tokens, mx.array(segments)[:, None])
     except ValueError:  # shapes that do not go together
         together = None
     for row, border in enumerate(_BORDERS):
         alone = _hidden(decoder, tokens[row : row + 1, border:])
-        if together is None or _apart(together[row : row + 1, border:], alone) > (
-            EXACT if exact else ROUNDED
-        ):
+        if together is None or not _alike(together[row : row + 1, border:], alone, exact):
             raise Unsupported(
-                f"mlx-lm's {_kind(decoder)} does not keep the examples of a row apart: set train.pack=false",
+                f"mlx-lm's {_kind(decoder)} does not keep the examples of a packed row apart",
                 "model",
+                "set train.pack=false",
             )
 
 
@@ -66,18 +64,16 @@ def _kind(decoder: Decoder) -> str:
 def _hidden(decoder: Decoder, tokens: mx.array, segments: mx.array | None = None) -> mx.array:
     """Hidden states after the last layer, the plain way."""
     hidden, calls = decoder.calls(tokens)
+    masks = joined([c.mask for c in calls], segments, hidden.dtype)
     with ours(decoder.layers):
-        for layer, call in zip(decoder.layers, calls, strict=True):
-            sees: Mask = call.mask
-            if segments is not None:
-                sees = segments & sees if isinstance(sees, mx.array) else segments
-            mask = additive(sees, hidden.dtype) if isinstance(sees, mx.array) else sees
+        for layer, call, mask in zip(decoder.layers, calls, masks, strict=True):
             hidden = call.to(layer, hidden, mask)
             mx.eval(hidden)
     return hidden
 
 
-def _apart(got: mx.array, wanted: mx.array) -> float:
-    """The root mean square of the difference, relative to that of `wanted`."""
+def _alike(got: mx.array, wanted: mx.array, exact: bool) -> bool:
+    """By the root mean square of the difference, relative to that of `wanted`."""
     got, wanted = got.astype(mx.float32), wanted.astype(mx.float32)
-    return float(mx.sqrt(((got - wanted) ** 2).mean() / (wanted**2).mean()))
+    apart = mx.sqrt(((got - wanted) ** 2).mean() / (wanted**2).mean())
+    return float(apart) <= (EXACT if exact else ROUNDED)

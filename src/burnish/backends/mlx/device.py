@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from burnish.backends.base import Memory
+from burnish.backends.base import Memory, translating
 from burnish.errors import NonFinite, OutOfMemory, Unsupported
 from burnish.machine.usage import available_bytes, peak_resident_bytes, resident_bytes
 
@@ -80,16 +80,9 @@ def meaning(error: BaseException) -> Exception | None:
     return None
 
 
-@contextmanager
-def translated() -> Iterator[None]:
-    """MLX's errors inside come out as OutOfMemory or Unsupported; all others pass unchanged."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as e:
-        ours = meaning(e)
-        if ours is None:
-            raise
-        raise ours from e
+def translated() -> AbstractContextManager[None]:
+    """Framework errors inside come out as OutOfMemory or Unsupported; all others pass unchanged."""
+    return translating(meaning)
 
 
 @contextmanager

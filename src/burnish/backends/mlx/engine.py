@@ -24,7 +24,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from burnish.backends.mlx.attention import Mask, additive, ours
+from burnish.backends.mlx.attention import Mask, joined, ours
 from burnish.backends.mlx.decoder import Call, Decoder
 from burnish.backends.mlx.projection import PLAIN, RECORD, REPLAY, Context, Order, Outcome
 
@@ -68,7 +68,6 @@ class Pass:
     masks: list[Mask]
     keys: mx.array | None  # uint32 [layers, projections, 2]
     saved: dict[int, Saved]
-    out: mx.array | None  # hidden states after the last layer, until the backward pass
 
 
 class _Queue:
@@ -97,10 +96,12 @@ class Engine:
 
     def forward(
         self, tokens_BT: mx.array, segments: mx.array | None, keys: mx.array | None = None, *, train: bool
-    ) -> Pass:
-        """segments: boolean [B, 1, T, T], who may see whom, where rows hold several examples."""
+    ) -> tuple[mx.array, Pass]:
+        """Hidden states after the last layer, and what `backward` needs. segments: boolean [B, 1, T, T], who
+        may see whom, where rows hold several examples.
+        """
         hidden, calls = self._decoder.calls(tokens_BT)
-        masks = _joined([c.mask for c in calls], segments, self._context.compute)
+        masks = joined([c.mask for c in calls], segments, self._context.compute)
         saved: dict[int, Saved] = {}
         queue = _Queue(self._ahead)
         for i, layer in enumerate(self._layers):
@@ -112,14 +113,13 @@ class Engine:
             queue.add(hidden, outcomes)
             if train and i >= self._first:
                 saved[i] = Saved(entered, outcomes)
-        return Pass(calls, masks, keys, saved, hidden)
+        return hidden, Pass(calls, masks, keys, saved)
 
     def backward(self, done: Pass, slope: mx.array) -> dict[int, Arrays]:
         """Gradients of each layer's adapter arrays (float32), from the gradient at the last hidden states.
 
         What `done` has saved is gone afterwards.
         """
-        done.out = None
         gradients: dict[int, Arrays] = {}
         queue = _Queue(self._ahead)
         for i in reversed(range(self._first, len(self._layers))):
@@ -155,12 +155,12 @@ class Engine:
     ) -> Callable[..., Any]:
         """The compiled function for layers like this one, made when it is first asked for."""
         form = mask if isinstance(mask, str) else "array" if mask is not None else "none"
-        name = (kind, layer.signature, str((call.args, call.kwargs)), form, kept, drops)
-        if name not in self._compiled:
+        key = (kind, layer.signature, str((call.args, call.kwargs)), form, kept, drops)
+        if key not in self._compiled:
             run = self._runner(layer, call, mask if isinstance(mask, str) else None)
             made = _forward(run, kept) if kind == "forward" else _backward(run, kept, kind == "backward")
-            self._compiled[name] = mx.compile(made)
-        return self._compiled[name]
+            self._compiled[key] = mx.compile(made)
+        return self._compiled[key]
 
     def _runner(self, layer: _Layer, call: Call, named: str | None) -> Callable[..., tuple[mx.array, Arrays]]:
         """The layer as a function of arrays alone; it stands for every layer of its signature."""
@@ -234,19 +234,6 @@ def _flat(outcomes: Sequence[Outcome]) -> Arrays:
 def _paired(flat: Arrays) -> list[Outcome]:
     parts = [part if part.size else None for part in flat]
     return list(zip(parts[::2], parts[1::2], strict=True))
-
-
-def _joined(own: Sequence[Mask], segments: mx.array | None, dtype: mx.Dtype) -> list[Mask]:
-    """Each layer's mask: its own and, where rows are packed, only within an example; as numbers to add.
-
-    Layers that share a mask share what is made of it.
-    """
-    made: dict[int, Mask] = {}
-    for mask in own:
-        if id(mask) not in made:
-            sees = mask if segments is None else segments & mask if isinstance(mask, mx.array) else segments
-            made[id(mask)] = additive(sees, dtype) if isinstance(sees, mx.array) else sees
-    return [made[id(mask)] for mask in own]
 
 
 def _signature(module: nn.Module) -> str:

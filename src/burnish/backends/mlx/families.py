@@ -48,13 +48,18 @@ def as_mlx_lm_reads(spec: ModelSpec, config: Mapping[str, Any], length: int) -> 
         )
     if kind == "glm":
         raise Unsupported("mlx-lm's glm rotates whole heads where this model rotates a part of them", "model")
-    # A head that is stored is a head: where the config does not say, mlx-lm would drop it.
-    said = {**with_rope_said_twice(config), "tie_word_embeddings": spec.tied}
-    said |= {k: v for k, v in DEFAULTS.get(kind, {}).items() if said.get(k) is None}
+    said = spelled_out(spec, config)
     scaling = said.get("rope_scaling")
     if isinstance(scaling, Mapping) and "longrope" in (scaling.get("type"), scaling.get("rope_type")):
         said["rope_scaling"] = _short_factors(said, scaling, length)
     return said
+
+
+def spelled_out(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with what mlx-lm would look for elsewhere or take another default of."""
+    # A head that is stored is a head: where the config does not say, mlx-lm would drop it.
+    said = {**with_rope_said_twice(config), "tie_word_embeddings": spec.tied}
+    return said | {k: v for k, v in DEFAULTS.get(spec.model_type, {}).items() if said.get(k) is None}
 
 
 def _short_factors(config: Mapping[str, Any], scaling: Mapping[str, Any], length: int) -> dict[str, Any]:
@@ -65,9 +70,9 @@ def _short_factors(config: Mapping[str, Any], scaling: Mapping[str, Any], length
     if original and length <= original and "short_factor" in scaling:
         return {**scaling, "long_factor": scaling["short_factor"]}
     raise Unsupported(
-        f"in mlx-lm this model's rotation is that of rows beyond {original} tokens: set "
-        f"train.max_length={original} or less, or backend=torch",
+        f"in mlx-lm this model's rotation is that of rows beyond {original} tokens",
         "model",
+        f"set train.max_length={original} or less, or backend=torch",
     )
 
 
@@ -112,7 +117,7 @@ def check_window(decoder: Decoder, window: int | None, length: int) -> None:
     masks = [call.mask for call in calls if isinstance(call.mask, mx.array)]
     if not any(not bool(mask[..., window, 0].any()) for mask in masks):
         raise Unsupported(
-            f"this model sees {window} positions back, and in mlx-lm it sees all: set "
-            f"train.max_length={window + 1} or less, or backend=torch",
+            f"this model sees {window} positions back, and in mlx-lm it sees all",
             "model",
+            f"set train.max_length={window + 1} or less, or backend=torch",
         )

@@ -18,10 +18,11 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from burnish.backends.base import Sampling, Token
 from burnish.backends.mlx.device import free_cache, translated
+from burnish.backends.mlx.families import ATTENTION_CACHES
 from burnish.backends.mlx.prefix import Cache, PrefixCache, Read, best_start
 from burnish.backends.sampling import choose, stream
 from burnish.errors import OutOfMemory, Unsupported, UserError
@@ -181,7 +182,7 @@ def merges(model: nn.Module) -> bool:
     A pass is laid out, not computed, for batches of two sizes. A model that wants its position as one number
     fails at both; one that takes the mask's rows for heads, at the size that is not their number.
     """
-    if any(type(c) not in (KVCache, RotatingKVCache) for c in make_prompt_cache(model)):
+    if any(type(c) not in ATTENTION_CACHES for c in make_prompt_cache(model)):
         return False
     for n in (2, 3):
         cache = _merged([make_prompt_cache(model) for _ in range(n)])

@@ -19,7 +19,7 @@ from burnish.backends.mlx.generate import PrefixCache, generate
 from burnish.backends.mlx.loss import SlicedLoss, Targets
 from burnish.backends.mlx.optimizer import AdamW
 from burnish.backends.mlx.projection import Context
-from burnish.backends.reference import fresh_state
+from burnish.backends.reference import fresh_state, total_weight
 from burnish.data.batches import Batch
 from burnish.data.packing import segment_mask
 from burnish.errors import NonFinite, UserError
@@ -37,7 +37,7 @@ class MlxLearner:
 
     def __init__(self, decoder: Decoder, context: Context, plan: Plan, device: mx.Device) -> None:
         self._decoder, self._context, self._plan, self._device = decoder, context, plan, device
-        self._n_words, self._first = plan.spec.vocab_size, min(plan.layers.value)
+        self._n_words = plan.spec.vocab_size
         self._ahead, self._waits_at_bytes = _pace(plan)
         self._build()
         self._shapes = adapter_folder.shapes(plan)
@@ -53,9 +53,9 @@ class MlxLearner:
 
     def _build(self) -> None:
         """What is compiled for one device and dtype; compiling itself waits for the first use."""
-        keep, rows = self._plan.keep_layers.value, self._plan.loss_slice.value
-        self._engine = Engine(self._decoder, self._context, self._first, keep, self._ahead)
-        self._loss = SlicedLoss(self._decoder.logits, rows)
+        first, keep = min(self._plan.layers.value), self._plan.keep_layers.value
+        self._engine = Engine(self._decoder, self._context, first, keep, self._ahead)
+        self._loss = SlicedLoss(self._decoder.logits, self._plan.loss_slice.value)
 
     @contextmanager
     def _here(self) -> Iterator[None]:
@@ -73,17 +73,16 @@ class MlxLearner:
         out = Scores(np.zeros(batch.weights_BT.shape, np.float32), np.zeros(batch.weights_BT.shape, bool))
         targets = _targets(batch)
         with self._here():
-            done = self._engine.forward(*self._rows(batch), train=False)
-            assert done.out is not None
-            nll, hit = self._loss.score(done.out, targets)
+            hidden, _ = self._engine.forward(*self._rows(batch), train=False)
+            nll, hit = self._loss.score(hidden, targets)
         out.nll_BT.reshape(-1)[targets.at_M], out.hit_BT.reshape(-1)[targets.at_M] = nll, hit
         return out
 
     def generate(self, prompts: Sequence[Sequence[int]], how: Sampling) -> Iterator[Token]:
-        most = max((max(p) for p in prompts if len(p)), default=0)
-        if most >= self._n_words:  # MLX would read whatever lies beyond the embeddings
+        beyond = [t for p in prompts for t in p if not 0 <= t < self._n_words]
+        if beyond:  # MLX would read whatever lies there
             raise UserError(
-                f"a prompt holds token {most}, but the model has {self._n_words} words",
+                f"a prompt holds token {beyond[0]}, but the model has {self._n_words} words",
                 "use the tokenizer that came with the model",
             )
         tokens = generate(self._decoder.model, prompts, how, self._prefixes)
@@ -123,11 +122,7 @@ class MlxLearner:
     # --- Learner ---
 
     def step(self, micros: Sequence[Batch], lr: float) -> StepStats:
-        total = sum(m.weight for m in micros)  # known before the first forward pass
-        if total == 0:
-            raise UserError(
-                "this step has no trained tokens", "burnish data RECIPE --show 3   shows what is trained"
-            )
+        total = total_weight(micros)
         with self._here():
             loss, gradients = self._gradients(micros, total)
             norm = _norm(gradients)
@@ -174,10 +169,9 @@ class MlxLearner:
         for number, micro in enumerate(micros):
             if micro.weight == 0:
                 continue
-            done = self._engine.forward(*self._rows(micro), self._keys(number), train=True)
-            targets = _targets(micro)
-            assert done.out is not None
-            value, slope = self._loss.gradient(done.out, targets, total)
+            hidden, done = self._engine.forward(*self._rows(micro), self._keys(number), train=True)
+            value, slope = self._loss.gradient(hidden, _targets(micro), total)
+            del hidden  # not needed going back
             for i, arrays in self._engine.backward(done, slope).items():
                 self._add(sums, i, arrays)
             del done, slope

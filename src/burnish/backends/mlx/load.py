@@ -15,13 +15,12 @@ from burnish.backends.mlx.device import device_of, translated
 from burnish.backends.mlx.families import as_mlx_lm_reads, check_attends, check_window, put_right
 from burnish.backends.mlx.learner import MlxLearner
 from burnish.backends.mlx.projection import Context, Embedding, Head, Projection, Weight
-from burnish.backends.mlx.quantize import cast, check_folder, open_folder, pack
+from burnish.backends.mlx.quantize import DTYPES, cast, check_folder, open_folder, pack
 from burnish.errors import Unsupported
 from burnish.models.spec import read_config
+from burnish.planning.memory_mlx import GROUP
 from burnish.planning.plan import Plan
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
-GROUP_SIZE = 64
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 _EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 
@@ -40,7 +39,7 @@ def check_model(plan: Plan) -> None:
     spec, config = plan.spec, read_config(plan.spec.folder)
     said = as_mlx_lm_reads(spec, config, plan.length.value)
     if "model_file" not in config:  # else the folder brings its own class
-        check_folder(spec, {**config, **said})
+        check_folder(spec, said)
 
 
 def load_base(plan: Plan) -> nn.Module:
@@ -56,7 +55,7 @@ def load_base(plan: Plan) -> nn.Module:
 def prepare(model: nn.Module, plan: Plan) -> None:
     """Cast and quantise, one module at a time, so that no second copy of the model exists."""
     if plan.quantize.value != "none" and plan.spec.quantization is None:
-        pack(model, int(plan.quantize.value.removesuffix("bit")), GROUP_SIZE)
+        pack(model, int(plan.quantize.value.removesuffix("bit")), GROUP)
     model.freeze()
     held, compute = DTYPES[plan.weights.value], DTYPES[plan.compute.value]
 
@@ -121,9 +120,8 @@ def _give_adapter(layer: nn.Module, number: int, plan: Plan) -> None:
                 "model",
             )
         if "router" in path.split("."):
-            raise Unsupported(
-                f"{path} chooses experts; it is not adapted: set lora.targets=attention", "model"
-            )
+            problem = f"{path} chooses experts; it is not adapted"
+            raise Unsupported(problem, "model", "set lora.targets=attention")
         projection = inside[path]
         outs, ins = projection.shape
         A, B = mx.zeros((rank, ins), mx.float32), mx.zeros((outs, rank), mx.float32)

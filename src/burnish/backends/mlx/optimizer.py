@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+from burnish.backends.reference import BETA1, BETA2, EPS
+
 Named = dict[str, mx.array]
 
 

@@ -31,6 +31,7 @@ from mlx_lm.utils import _get_classes, load_model
 
 from burnish import __version__
 from burnish.backends.mlx.device import translated
+from burnish.backends.mlx.families import spelled_out
 from burnish.errors import Unsupported, UserError, all_problems
 from burnish.models.folder import (
     SHARD_BYTES,
@@ -43,7 +44,6 @@ from burnish.models.folder import (
     write_index,
     write_json,
 )
-from burnish.models.rope import with_rope_said_twice
 from burnish.models.spec import ModelSpec, read_config, read_spec, weight_files
 
 BITS = (4, 8)
@@ -114,7 +114,7 @@ def quantize_folder(
     out = out.resolve()  # OUT may be `.`, which has no name
     check_out(source, out, force)
     spec = read_spec(source)
-    config = {**with_rope_said_twice(read_config(source)), "tie_word_embeddings": spec.tied}
+    config = spelled_out(spec, read_config(source))
     _check_plain(spec, config)
     with _nothing_kept(), translated():
         model = open_folder(spec, config)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 
-from burnish.backends.base import Memory
+from burnish.backends.base import Memory, translating
 from burnish.errors import NonFinite, OutOfMemory, Unsupported
 from burnish.machine.usage import available_bytes, peak_resident_bytes, resident_bytes
 
@@ -51,16 +50,9 @@ def meaning(error: BaseException) -> Exception | None:
     return None
 
 
-@contextmanager
-def translated() -> Iterator[None]:
+def translated() -> AbstractContextManager[None]:
     """Framework errors inside come out as OutOfMemory or Unsupported; all others pass unchanged."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as e:  # NotImplementedError is a RuntimeError
-        ours = meaning(e)
-        if ours is None:
-            raise
-        raise ours from e
+    return translating(meaning)
 
 
 def free_cache(device: torch.device) -> None:
