@@ -139,40 +139,73 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         n = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
         if not 2 <= n <= size - 8:
             raise UserError(f"{path} is not a whole safetensors file: {size} bytes, header length {n}", again)
-        try:
-            header = json.loads(f.read(n))
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise UserError(f"{path}: the safetensors header is not JSON", again) from e
-    try:
-        header.pop("__metadata__", None)
-        end = 8 + n + max((t["data_offsets"][1] for t in header.values()), default=0)
-        tensors = {k: TensorInfo(t["dtype"], tuple(t["shape"]), path.name) for k, t in header.items()}
-    except (AttributeError, KeyError, TypeError, IndexError) as e:  # JSON, but not of this form
-        raise UserError(f"{path}: its header lacks a dtype, shape or place", again) from e
+        tensors, data_bytes = parse_header(f.read(n), str(path), path.name)
+    end = 8 + n + data_bytes
     if size < end:
         raise UserError(f"{path} is truncated: {size} bytes on disk, its header promises {end}", again)
+    return tensors
+
+
+def parse_header(header: bytes, where: str, file: str) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors of a safetensors header (its JSON, without the length before it), and the bytes of data
+    that it promises. where: the file as messages name it. Raises UserError where it is not such a header.
+    """
+    again = f"download {file} again"
+    try:
+        found = json.loads(header)
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{where}: the safetensors header is not JSON", again) from e
+    try:
+        found.pop("__metadata__", None)
+        data_bytes = max((t["data_offsets"][1] for t in found.values()), default=0)
+        tensors = {k: TensorInfo(t["dtype"], tuple(t["shape"]), file) for k, t in found.items()}
+    except (AttributeError, KeyError, TypeError, IndexError) as e:  # JSON, but not of this form
+        raise UserError(f"{where}: its header lacks a dtype, shape or place", again) from e
     unknown = sorted({t.dtype for t in tensors.values()} - DTYPE_BYTES.keys())
     if unknown:
         raise UserError(
-            f"{path} holds tensors of a dtype that is not known: {', '.join(unknown)}",
+            f"{where} holds tensors of a dtype that is not known: {', '.join(unknown)}",
             "use an unquantised copy of the model",
         )
-    return tensors
+    return tensors, data_bytes
 
 
 def read_spec(folder: Path) -> ModelSpec:
     """The spec of a Hugging Face model folder. Raises UserError that says what is wrong with the folder."""
-    config = read_config(folder)
-    config = {**config, **(config.get("text_config") or {})}
+    config = decoder_config(read_config(folder), folder)
+    tensors = _read_tensors(folder)
+    generation = folder / "generation_config.json"
+    return spec_of_parts(folder, config, tensors, _read_object(generation) if generation.is_file() else {})
+
+
+def decoder_config(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of the language model in a config.json (those within `text_config` on top). folder: as
+    messages name it. Raises UserError that lists what a decoder's config must have and this one has not.
+    """
+    whole = {**config, **(config.get("text_config") or {})}
     needed = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-    missing = [k for k in needed if not config.get(k)]
+    missing = [k for k in needed if not whole.get(k)]
     if missing:
         raise all_problems(
             f"{folder / 'config.json'} is not the config of a decoder:",
             [f"{k} is missing" for k in missing],
             "set `model:` to the folder of a language model",
         )
-    tensors = _read_tensors(folder)
+    return whole
+
+
+def spec_of_parts(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    generation: Mapping[str, Any],
+) -> ModelSpec:
+    """The spec from what was read, wherever it was: config.json, every safetensors header, and
+    generation_config.json ({}: there is none). folder: where the model is, or how it is named.
+
+    Raises UserError where they contradict each other, or the model is no decoder.
+    """
+    config = decoder_config(config, folder)
     has_head = any(k.endswith("lm_head.weight") for k in tensors)
     if not has_head and config.get("tie_word_embeddings") is False:
         raise UserError(
@@ -182,11 +215,8 @@ def read_spec(folder: Path) -> ModelSpec:
         )
     quantization, unpacked = read_quantization(folder, config, tensors)
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    eos = config.get("eos_token_id")
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        found = _read_object(generation).get("eos_token_id")
-        eos = eos if found is None else found
+    eos = generation.get("eos_token_id")
+    eos = config.get("eos_token_id") if eos is None else eos
     return ModelSpec(
         folder=folder,
         model_type=config["model_type"],
@@ -201,7 +231,7 @@ def read_spec(folder: Path) -> ModelSpec:
         max_positions=int(config.get("max_position_embeddings") or 0),
         # A head that is stored though the config says tied is not read.
         tied=not has_head or config.get("tie_word_embeddings") is True,
-        eos_ids=tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else (),
+        eos_ids=tuple(eos) if isinstance(eos, list | tuple) else (eos,) if eos is not None else (),
         tensors=tensors,
         linears=linears_of(tensors, unpacked),
         window=_window(config),
