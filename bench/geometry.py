@@ -55,6 +55,32 @@ def random_model(name: str, device: str, dtype: Any, attention: str) -> Any:
         torch.set_default_dtype(before)
 
 
+def random_nf4(name: str, device: str, dtype: Any, attention: str) -> Any:
+    """The same with its decoder layers' linear layers packed in NF4, as transformers loads them."""
+    from importlib import import_module
+
+    from torch import nn
+
+    bnb: Any = import_module("bitsandbytes")
+
+    model = random_model(name, device, dtype, attention)
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for leaf, linear in list(parent.named_children()):
+                if type(linear) is nn.Linear:
+                    packed = bnb.nn.Linear4bit(
+                        linear.in_features, linear.out_features, linear.bias is not None, dtype, False,
+                        "nf4", device="meta",
+                    )  # fmt: skip
+                    weight = bnb.nn.Params4bit(
+                        linear.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4"
+                    )
+                    packed.weight, packed.bias = weight, linear.bias
+                    packed.weight = weight.to(device)
+                    setattr(parent, leaf, packed)
+    return model
+
+
 def plan_for(name: str, length: int, overrides: list[str], budget_bytes: int = 0) -> Plan:
     """What burnish plans for this model on this machine, every token a target.
 
@@ -93,4 +119,4 @@ def spec(name: str) -> ModelSpec:
     )  # fmt: skip
 
 
-__all__ = ["QWEN2", "plan_for", "random_model", "spec"]
+__all__ = ["QWEN2", "plan_for", "random_model", "random_nf4", "spec"]

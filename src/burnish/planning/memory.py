@@ -2,25 +2,28 @@
 
 `estimate` is for torch and the reference backend; `memory_mlx.estimate_mlx` is its like for MLX.
 
-First version: the formulas count the tensors that the engine is known to hold (docs/DESIGN.md, the engine).
-Every run writes the measured peak beside this estimate, so that the constants can be fitted from evidence.
+The tensors that the engine is known to hold are counted (docs/DESIGN.md, the engine). Not all live at one
+time: a step has a few moments that may be its largest (`Moment`), and the largest of them is the peak. What
+counting does not give, such as the temporaries of a layer's backward pass, is in `fitted.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from burnish.models.spec import ModelSpec
+from burnish.planning.fitted import FITTED, Fitted
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 QUANTIZED_BYTES_PER_WEIGHT = {
     "4bit": 0.5 + 4 / 64
 }  # NF4: half a byte, and one float32 scale for each 64 weights
-# The framework itself: CUDA context and library workspaces; on the CPU the Python process (about 400 MiB) and
-# what glibc keeps of freed pieces (about 300 MiB measured, bench/RESULTS.md).
-FRAMEWORK_BYTES = {"cpu": 700 << 20, "cuda": 600 << 20, "mps": 600 << 20}
+# What torch's CUDA allocator gives a tensor of 10 MiB or more: whole pages of 2 MiB, of which it splits off
+# again only what is more than 1 MiB (c10/cuda/CUDACachingAllocator).
+LARGE_BYTES, PAGE_BYTES, SPLIT_BYTES = 10 << 20, 2 << 20, 1 << 20
+ANSWERS_AT_ONCE = 16  # prompts answered side by side
 
 
 @dataclass(frozen=True)
@@ -47,42 +50,103 @@ class Shape:
     loss_slice: int
     loss_share: float  # share of tokens that are targets
     passes: int = 1  # micro-batches of a step
+    ahead: int = 0  # layers that wait for the device while one runs (mlx)
+    prompt_tokens: int = 0  # of all prompts that are answered side by side; 0: nothing is asked
+    answer_tokens: int = 0  # of their answers
+    cache_bits: int = 0  # of the key-value cache; 0: as wide as is computed in
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What lives at one moment of a step beside weights, adapter, optimizer and batch."""
+
+    name: str
+    saved: int = 0  # inputs of recomputed layers
+    kept: int = 0  # activations of kept layers
+    gradients: int = 0  # of the adapter
+    work: int = 0  # what this moment itself takes
+
+    @property
+    def n_bytes(self) -> int:
+        return self.saved + self.kept + self.gradients + self.work
 
 
 def estimate(spec: ModelSpec, s: Shape) -> tuple[Part, ...]:
-    tokens, element = s.micro_batch * s.length, ELEMENT_BYTES[s.compute]
-    adapter = adapter_parameters(spec, s)
-    trained_depth = trained_layers(spec, s)
-    kept = min(s.keep_layers, trained_depth)
-    per_weight = 4 if s.compute == "float32" else 6  # float32, and a copy in the dtype that is computed in
-    work, loss = layer_work(spec, s), loss_slice_bytes(spec, s)
-    moment = "the loss slice" if loss > work else "one layer's backward pass"
-    recomputed = trained_depth - kept
+    fit = FITTED["torch", s.device]
+    adapter, trained = adapter_parameters(spec, s), trained_layers(spec, s)
+    narrow = 0 if s.compute == "float32" else 2 * adapter  # a copy in the dtype that is computed in
+    work = layer_work(spec, s, fit)
+    top = work if s.keep_layers == 0 else round(fit.kept_work * work)
+    loss = loss_slice_bytes(spec, s, fit)
+    largest = peak(spec, s, layer_activation_bytes(spec, s), work, top, loss, 0)
+    beyond = rounding_bytes(spec, s) + fit.workspace_bytes + retained_bytes(s, fit, largest, trained)
     return (
         Part(
-            "weights", weight_bytes(spec, s), f"{spec.parameters / 1e9:.2f} billion parameters, {held_as(s)}"
+            "weights",
+            weight_bytes(spec, s),
+            f"{spec.parameters / 1e9:.2f} billion parameters, {held_as(s)}",
         ),
         Part(
             "adapter",
-            per_weight * adapter,
+            4 * adapter + narrow,
             f"rank {s.rank}, {len(s.targets)} projections × {len(s.layers)} layers",
         ),
-        Part("gradients", 4 * adapter, "one per adapter weight, float32"),
         Part("optimizer", 8 * adapter, "AdamW: two float32 moments per adapter weight"),
-        Part(
-            "saved inputs",
-            recomputed * tokens * spec.hidden_size * element,
-            f"of {recomputed} recomputed layers",
-        ),
-        Part(
-            "kept activations",
-            kept * layer_activation_bytes(spec, s),
-            f"{kept} of {spec.n_layers} layers are kept",
-        ),
-        Part("largest moment", max(work, loss), f"{moment}, the larger of the two"),
-        Part("batch", 24 * tokens, "tokens, targets, weights, positions"),
-        Part("framework", FRAMEWORK_BYTES[s.device], "the framework's own, without any model"),
+        *moment_parts(spec, s, largest, trained),
+        Part("batch", 24 * s.micro_batch * s.length, "tokens, targets, weights, positions"),
+        *allocator_part(s, beyond),
+        Part("framework", fit.framework_bytes, "the framework's own, without any model"),
     )
+
+
+def peak(
+    spec: ModelSpec, s: Shape, activations: int, work: int, kept_work: int, loss: int, update: int
+) -> Moment:
+    """The largest moment of a step, or of answering.
+
+    activations: bytes that one kept layer keeps. work: of one recomputed layer's backward pass; kept_work: of
+    the last layer's, kept or not. Inputs go and gradients come as the backward pass walks down, so either
+    end may be the larger one. From a step's second micro-batch on all gradients are there throughout.
+    """
+    trained = trained_layers(spec, s)
+    kept = min(s.keep_layers, trained)
+    inputs = s.micro_batch * s.length * spec.hidden_size * ELEMENT_BYTES[s.compute]
+    gradients = 4 * adapter_parameters(spec, s)
+    before = gradients if s.passes > 1 else 0
+    halfway = max(before, gradients * kept // max(trained, 1))
+    saved, held = (trained - kept) * inputs, kept * activations
+    first = work if kept < trained else kept_work + activations
+    return max(
+        (
+            Moment("one layer's backward pass", saved, held, before, kept_work),
+            Moment("the loss slice", saved, held, before, loss),
+            Moment("one layer's backward pass", saved, 0, halfway, work if kept < trained else 0),
+            Moment("one layer's backward pass", inputs, 0, gradients, first),
+            Moment("the update", 0, 0, gradients, update),
+            Moment("answering", work=answer_bytes(spec, s)),
+        ),
+        key=lambda m: m.n_bytes,
+    )
+
+
+def moment_parts(spec: ModelSpec, s: Shape, m: Moment, trained: int) -> tuple[Part, ...]:
+    kept = min(s.keep_layers, trained)
+    return (
+        Part("saved inputs", m.saved, f"of {trained - kept} recomputed layers, where memory is at its peak"),
+        Part("kept activations", m.kept, f"{kept} of {spec.n_layers} layers are kept"),
+        Part("gradients", m.gradients, "one per adapter weight, float32, as many as are there at the peak"),
+        Part("largest moment", m.work, f"{m.name}, the largest of all"),
+    )
+
+
+def retained_bytes(s: Shape, fit: Fitted, m: Moment, trained: int) -> int:
+    share = fit.retained if s.keep_layers < trained else fit.retained_kept * min(2, s.passes)
+    return round(share * m.n_bytes)
+
+
+def allocator_part(s: Shape, n_bytes: int) -> tuple[Part, ...]:
+    why = "freed, and not given back" if s.device == "cpu" else "whole pages for weights, libraries' workspace"
+    return (Part("allocator", n_bytes, why),) if n_bytes else ()
 
 
 def total(parts: Iterable[Part]) -> int:
@@ -111,6 +175,21 @@ def weight_bytes(spec: ModelSpec, s: Shape) -> int:
     return quantized + (spec.parameters - linear) * ELEMENT_BYTES[s.weights]
 
 
+def rounding_bytes(spec: ModelSpec, s: Shape) -> int:
+    """What torch's CUDA allocator gives the weights beyond their size; 1 % of a 14B model in bfloat16."""
+    if s.device != "cuda":
+        return 0
+    packed = QUANTIZED_BYTES_PER_WEIGHT.get(s.quantize)
+
+    def beyond(name: str, shape: Sequence[int]) -> int:
+        per_weight = 0.5 if packed and ".layers." in name else ELEMENT_BYTES[s.weights]
+        size = int(math.prod(shape) * per_weight)
+        rest = -size % PAGE_BYTES
+        return rest if size >= LARGE_BYTES and rest <= SPLIT_BYTES else 0
+
+    return sum(beyond(name, t.shape) for name, t in spec.tensors.items())
+
+
 def adapter_parameters(spec: ModelSpec, s: Shape) -> int:
     """A and B of every adapted projection: rank × (in + out)."""
     per_layer = sum(
@@ -123,34 +202,56 @@ def layer_activation_bytes(spec: ModelSpec, s: Shape) -> int:
     """What autograd keeps of one decoder layer for one micro-batch.
 
     The inputs and outputs of two norms; q, k, v; attention's output; gate, up, activation and product of the
-    MLP. Only CUDA's kernels read grouped key-value heads as they are; elsewhere they are repeated. On MPS,
-    without a fused attention backward, the scores too. Measured at Qwen2-7B, 2,048 tokens on CUDA: 0.351 GiB
-    a layer, this gives 0.375 (bench/RESULTS.md).
+    MLP; the rank-sized products of the adapter. Only CUDA's kernels read grouped key-value heads as they are;
+    elsewhere they are repeated. On MPS, without a fused attention backward, the scores too.
     """
     q, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
     kv = kv if s.device == "cuda" else q
     per_token = ELEMENT_BYTES[s.compute] * (
-        4 * spec.hidden_size + 2 * q + 2 * kv + 4 * spec.intermediate_size
+        4 * spec.hidden_size + 2 * q + 2 * kv + 4 * spec.intermediate_size + s.rank * len(s.targets)
     )
     scores = 3 * 4 * spec.n_heads * s.micro_batch * s.length**2 if s.device == "mps" else 0
     return per_token * s.micro_batch * s.length + scores
 
 
-def layer_work(spec: ModelSpec, s: Shape) -> int:
-    """A layer's activations while it runs backward, and the gradients among them.
+def layer_work(spec: ModelSpec, s: Shape, fit: Fitted) -> int:
+    """A layer that runs forward again and backward: its activations, and the gradients among them.
 
-    Measured at Qwen2-7B on CUDA: 1.4 times the activations. Where the base is held narrower than computed in,
-    one weight widened at a time comes on top.
+    Where the base is held narrower than computed in, weights are widened one at a time.
     """
     widest = max((math.prod(shape) for shape in spec.linears.values()), default=0)
-    widened = 4 * widest if s.weights != s.compute else 0
-    return layer_activation_bytes(spec, s) * 3 // 2 + widened
+    narrow = s.quantize != "none" or s.weights != s.compute
+    widened = round(fit.widened * widest) * ELEMENT_BYTES[s.compute] if narrow else 0
+    scores = 4 * 4 * spec.n_heads * s.micro_batch * s.length**2 if s.device == "mps" else 0
+    return work_values(spec, s, fit) * ELEMENT_BYTES[s.compute] + widened + scores
 
 
-def loss_slice_bytes(spec: ModelSpec, s: Shape) -> int:
-    """One slice's logits, their probabilities and room for the product; hidden states and gradient of all
-    targets.
-    """
+def work_values(spec: ModelSpec, s: Shape, fit: Fitted) -> int:
+    per_token = (
+        fit.work_intermediate * spec.intermediate_size
+        + fit.work_hidden * spec.hidden_size
+        + fit.work_queries * spec.n_heads * spec.head_dim
+    )
+    return round(s.micro_batch * s.length * per_token)
+
+
+def loss_slice_bytes(spec: ModelSpec, s: Shape, fit: Fitted) -> int:
+    """One slice's logits and the copies of them; hidden states and gradient of all targets."""
     supervised = supervised_tokens(s)
-    logits = 3 * min(s.loss_slice, max(supervised, 1)) * spec.vocab_size * 4
-    return logits + 2 * supervised * spec.hidden_size * ELEMENT_BYTES[s.compute]
+    logits = min(s.loss_slice, max(supervised, 1)) * spec.vocab_size * 4
+    copies = fit.logits + (0.5 if s.compute == "bfloat16" else 0.0)  # one as wide as is computed in
+    return round(copies * logits) + 2 * supervised * spec.hidden_size * ELEMENT_BYTES[s.compute]
+
+
+def answer_bytes(spec: ModelSpec, s: Shape) -> int:
+    """The key-value cache of all answers at their full length, one layer's forward pass over the prompts, and
+    the logits of the next token.
+    """
+    if not s.prompt_tokens:
+        return 0
+    element = ELEMENT_BYTES[s.compute]
+    per_token = 2 * spec.n_layers * spec.n_kv_heads * spec.head_dim
+    held = s.cache_bits / 8 + 4 / 64 if s.cache_bits else element
+    cache = round((s.prompt_tokens + s.answer_tokens) * per_token * held)
+    forward = s.prompt_tokens * element * (3 * spec.intermediate_size + 4 * spec.hidden_size)
+    return cache + forward + 2 * 4 * ANSWERS_AT_ONCE * spec.vocab_size

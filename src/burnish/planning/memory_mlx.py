@@ -2,7 +2,9 @@
 
 The engine evaluates layer after layer and frees what it no longer needs, so less lives at one time than under
 autograd: a recomputed layer's input is gone by the time its gradient is there. The constants are counts of
-the tensors that the engine is known to hold; each is named, so that it can be fitted from a measured peak.
+the tensors that the engine is known to hold, and `fitted.py` has what counting does not give. Where one layer
+waits for the device while another runs (`Shape.ahead`), the buffers of both are there: MLX hands out memory
+when work is queued.
 """
 
 from __future__ import annotations
@@ -10,64 +12,60 @@ from __future__ import annotations
 import math
 
 from burnish.models.spec import ModelSpec
+from burnish.planning.fitted import FITTED, Fitted
 from burnish.planning.memory import (
     ELEMENT_BYTES,
     Part,
     Shape,
     adapter_parameters,
+    allocator_part,
     held_as,
+    moment_parts,
+    peak,
+    retained_bytes,
     supervised_tokens,
     trained_layers,
+    work_values,
 )
 
 GROUP = 64  # weights that share a scale and a bias
-# Values of a token that live at once while one layer runs forward again and backward: so many as wide as the
-# MLP, as the hidden state, as the queries.
-WORK_INTERMEDIATE, WORK_HIDDEN, WORK_QUERIES = 6, 10, 3
-WIDENED = 2  # weights that are dequantised or widened at one time
 SCORES_BLOCK_BYTES = 32 << 20  # of attention's scores, float32, in one block
 SCORES_BLOCKS = 8  # scores, probabilities, the gradients of both, and what is widened of them
 # Families that compute their scores themselves: all heads' at once, and the gradient's copies of them.
 OWN_ATTENTION, OWN_SCORES = ("gemma2",), 6
+LEAST_SLICE = 64  # rows of a slice of the loss: fewer make the head's product no faster
 HEAD_TILE = 16384  # words of the head that are multiplied at one time
-# What mx.get_peak_memory does not count: the context (CUDA) or the driver's own (Metal); on the CPU Python
-# and what the allocator keeps.
-FRAMEWORK_BYTES = {"cpu": 700 << 20, "cuda": 600 << 20, "metal": 300 << 20}
 
 
 def estimate_mlx(spec: ModelSpec, s: Shape) -> tuple[Part, ...]:
-    tokens, element = s.micro_batch * s.length, ELEMENT_BYTES[s.compute]
-    adapter = adapter_parameters(spec, s)
-    depth = trained_layers(spec, s)
-    kept = min(s.keep_layers, depth)
-    inputs, gradients = (depth - kept) * tokens * spec.hidden_size * element, 4 * adapter
-    # Over the first micro-batch of a step inputs go as gradients come; over a second, both are there.
-    saved = max(inputs, gradients) if s.passes == 1 else inputs + gradients
-    activations = kept * layer_activation_bytes(spec, s)
-    moments = {
-        "one layer's backward pass": layer_work(spec, s),
-        "the loss slice": loss_bytes(spec, s),
-        # New adapter and new AdamW moments beside the old ones, when only gradients are left of the rest.
-        "the update": max(0, 12 * adapter - (saved - gradients) - activations),
-    }
-    moment = max(moments, key=lambda name: moments[name])
+    fit = FITTED["mlx", s.device]
+    adapter, trained = adapter_parameters(spec, s), trained_layers(spec, s)
+    work = layer_work(spec, s, fit)
+    top = work if s.keep_layers == 0 else kept_work(spec, s, fit)
+    # New adapter and new AdamW moments are made beside the old ones.
+    kept, loss = layer_activation_bytes(spec, s), loss_bytes(spec, s, fit)
+    largest = peak(spec, s, kept, work, top, loss, 12 * adapter)
     return (
         Part(
-            "weights", weight_bytes(spec, s), f"{spec.parameters / 1e9:.2f} billion parameters, {held_as(s)}"
+            "weights",
+            weight_bytes(spec, s),
+            f"{spec.parameters / 1e9:.2f} billion parameters, {held_as(s)}",
         ),
         Part("adapter", 4 * adapter, f"rank {s.rank}, {len(s.targets)} projections × {len(s.layers)} layers"),
         Part("optimizer", 8 * adapter, "AdamW: two float32 moments per adapter weight"),
-        Part(
-            "saved inputs, then gradients",
-            saved,
-            f"of {depth - kept} recomputed layers"
-            + (", the larger of the two" if s.passes == 1 else f", both: {s.passes} passes a step"),
-        ),
-        Part("kept activations", activations, f"{kept} of {spec.n_layers} layers are kept"),
-        Part("largest moment", moments[moment], f"{moment}, the largest of the three"),
-        Part("batch", 24 * tokens, "tokens, targets, weights, positions"),
-        Part("framework", FRAMEWORK_BYTES[s.device], "the framework's own, without any model"),
+        *moment_parts(spec, s, largest, trained),
+        Part("batch", 24 * s.micro_batch * s.length, "tokens, targets, weights, positions"),
+        *allocator_part(s, retained_bytes(s, fit, largest, trained) + lingering_bytes(spec, s)),
+        Part("framework", fit.framework_bytes, "the framework's own, without any model"),
     )
+
+
+def lingering_bytes(spec: ModelSpec, s: Shape) -> int:
+    """On a CPU: what an update has replaced, and of a file that is narrower than the weights are held."""
+    if s.device != "cpu":
+        return 0
+    held = weight_bytes(spec, s)
+    return 12 * adapter_parameters(spec, s) + (spec.weight_bytes // 4 if spec.weight_bytes < held else 0)
 
 
 def weight_bytes(spec: ModelSpec, s: Shape) -> int:
@@ -105,17 +103,23 @@ def layer_activation_bytes(spec: ModelSpec, s: Shape) -> int:
     return ELEMENT_BYTES[s.compute] * s.micro_batch * s.length * per_token
 
 
-def layer_work(spec: ModelSpec, s: Shape) -> int:
-    """One layer run forward again and backward."""
+def layer_work(spec: ModelSpec, s: Shape, fit: Fitted) -> int:
+    """One layer run forward again and backward, and what waits behind it."""
+    return _with_weights(spec, s, fit, 1.0)
+
+
+def kept_work(spec: ModelSpec, s: Shape, fit: Fitted) -> int:
+    """One kept layer run backward."""
+    return _with_weights(spec, s, fit, fit.kept_work)
+
+
+def _with_weights(spec: ModelSpec, s: Shape, fit: Fitted, share: float) -> int:
     element = ELEMENT_BYTES[s.compute]
-    per_token = (
-        WORK_INTERMEDIATE * spec.intermediate_size
-        + WORK_HIDDEN * spec.hidden_size
-        + WORK_QUERIES * spec.n_heads * spec.head_dim
-    )
-    widest = max((math.prod(shape) for shape in spec.linears.values()), default=0)
-    widened = WIDENED * widest * element if s.quantize != "none" or s.weights != s.compute else 0
-    return element * s.micro_batch * s.length * per_token + widened + scores_bytes(spec, s)
+    values = share * (1 + s.ahead * fit.ahead) * work_values(spec, s, fit)
+    narrow = s.quantize != "none" or s.weights != s.compute
+    sizes = [math.prod(shape) for shape in spec.linears.values()]
+    widened = fit.ahead_widened * sum(sizes) if s.ahead else fit.widened * max(sizes, default=0)
+    return round(element * (values + (widened if narrow else 0))) + scores_bytes(spec, s)
 
 
 def scores_bytes(spec: ModelSpec, s: Shape) -> int:
@@ -128,11 +132,16 @@ def scores_bytes(spec: ModelSpec, s: Shape) -> int:
     return SCORES_BLOCKS * min(SCORES_BLOCK_BYTES, every)
 
 
-def loss_bytes(spec: ModelSpec, s: Shape) -> int:
-    """Logits and their gradient for one slice, one float32 copy, one tile of the head, hidden states and
-    gradient of all targets.
+def loss_bytes(spec: ModelSpec, s: Shape, fit: Fitted) -> int:
+    """Logits and their gradient for one slice, one float32 copy; a tile of the head, or all of it where none
+    waits for another; hidden states and gradient of all targets.
     """
     element, targets = ELEMENT_BYTES[s.compute], supervised_tokens(s)
-    logits = min(s.loss_slice, max(targets, 1)) * spec.vocab_size * (2 * element + 4)
-    tile = min(HEAD_TILE, spec.vocab_size) * spec.hidden_size * element
-    return logits + tile + 2 * targets * spec.hidden_size * element
+    rows = LEAST_SLICE  # a slice has one of few sizes (backends/mlx/loss.py)
+    while rows < min(targets, s.loss_slice):
+        rows *= 2
+    logits = min(rows, s.loss_slice) * spec.vocab_size * (2 * element + 4)
+    narrow = s.quantize != "none" or s.weights != s.compute
+    words = spec.vocab_size if s.ahead and narrow else min(HEAD_TILE, spec.vocab_size)
+    tile = words * spec.hidden_size * element
+    return round(fit.logits / 2 * logits) + tile + 2 * targets * spec.hidden_size * element

@@ -28,7 +28,7 @@ from burnish.planning.engine import (
     choose_quantize,
 )
 from burnish.planning.layout import largest, lay_out
-from burnish.planning.memory import ELEMENT_BYTES, Part, Shape, estimate, total
+from burnish.planning.memory import ANSWERS_AT_ONCE, ELEMENT_BYTES, Part, Shape, estimate, total
 from burnish.planning.memory_mlx import estimate_mlx
 from burnish.recipe import Recipe
 
@@ -60,8 +60,11 @@ class Plan:
     micro_batch: Choice[int]  # rows of a forward pass
     length: Choice[int]  # tokens of the longest example
     keep_layers: Choice[int]
+    ahead: Choice[int]  # layers that wait for the device while one runs (mlx)
     loss_slice: Choice[int]
+    answers_at_once: Choice[int]  # prompts answered side by side, where the recipe has a task or a question
     steps: Choice[int] | None  # optimizer steps; known once the data is
+    shape: Shape  # the decided values that memory depends on
     estimate: tuple[Part, ...]
     budget: Choice[int]  # bytes
 
@@ -72,6 +75,19 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.total_bytes <= self.budget.value
+
+    @property
+    def least_bytes(self) -> int:
+        """With nothing spent on speed: one row a pass, nothing kept, nothing ahead, where the recipe leaves
+        that open.
+        """
+        train, s = self.recipe.train, replace(self.shape, ahead=0)
+        if train.keep_layers == "auto":
+            s = replace(s, keep_layers=0)
+        if train.micro_batch == "auto":
+            s = replace(s, micro_batch=1, passes=s.passes * s.micro_batch)
+        s = replace(s, **_asked(self.recipe, self.length.value, self.stats, 1))
+        return min(self.total_bytes, total(parts_of(self.backend.value, self.spec)(s)))
 
     def tightened(self, stats: DataStats) -> Plan:
         """The same decisions taken again with the data's true lengths."""
@@ -87,6 +103,7 @@ class Plan:
             "choices": {k: {"value": c.value, "reason": c.reason} for k, c in self.choices().items()},
             "estimate": [{"part": p.name, "bytes": p.n_bytes, "why": p.why} for p in self.estimate],
             "total_bytes": self.total_bytes,
+            "least_bytes": self.least_bytes,
             "budget_bytes": self.budget.value,
             "fits": self.fits,
         }
@@ -105,28 +122,42 @@ def make_plan(recipe: Recipe, spec: ModelSpec, machine: Machine, stats: DataStat
     length = _length(recipe, spec, stats)
     loss_slice = _loss_slice(spec, backend.value, compute.value)
     budget = choose_budget(device.value, machine)
-    parts: Parts = partial(estimate_mlx if backend.value == "mlx" else estimate, spec)
+    parts = parts_of(backend.value, spec)
     share = 1.0 if recipe.data.loss_on == "all" or stats is None else stats.trained / max(stats.tokens, 1)
     shape = Shape(
         device.value, weights.value, compute.value, quantize.value, recipe.lora.rank, targets.value,
-        layers.value, 1, length.value, 0, loss_slice.value, share
+        layers.value, 1, length.value, 0, loss_slice.value, share,
+        cache_bits=recipe.generation.cache_bits or 0,
     )  # fmt: skip
 
     def fits(rows: int, row: int) -> bool:
         passes = -(-recipe.train.batch_size // rows)  # at most: packed, a step may have fewer rows
         return total(parts(replace(shape, micro_batch=rows, length=row, passes=passes))) <= budget.value
 
+    def has_room(**changed: Any) -> bool:
+        return total(parts(replace(shape, **changed))) <= budget.value
+
     leaks = backend.value == "mlx" and spec.model_type in MLX_UNPACKED
     alone = f"mlx-lm's {spec.model_type} does not keep the examples of a row apart" if leaks else ""
     layout = lay_out(recipe.train, device.value, backend.value, length.value, stats, fits, alone)
     rows = layout.micro_batch.value
     shape = replace(shape, micro_batch=rows, length=layout.planned, passes=-(-layout.step_rows // rows))
-    keep = _keep_layers(recipe, spec, lambda k: total(parts(replace(shape, keep_layers=k))) <= budget.value)
+    keep = _keep_layers(recipe, spec, lambda k: has_room(keep_layers=k))
+    shape = replace(shape, keep_layers=keep.value)
+    ahead = _ahead(backend.value, device.value, lambda n: has_room(ahead=n))
+    shape = replace(shape, ahead=ahead.value)
+    answers = _answers(recipe, length.value, stats, lambda asked: has_room(**asked))
+    shape = replace(shape, **_asked(recipe, length.value, stats, answers.value))
     return Plan(
         recipe, spec, machine, stats, backend, device, weights, compute, quantize, targets, layers,
         layout.pack, layout.row_length, layout.lengths, layout.micro_batch,
-        length, keep, loss_slice, _steps(recipe, stats), parts(replace(shape, keep_layers=keep.value)), budget
+        length, keep, ahead, loss_slice, answers, _steps(recipe, stats), shape, parts(shape), budget
     )  # fmt: skip
+
+
+def parts_of(backend: str, spec: ModelSpec) -> Parts:
+    """The estimate of a backend, as a function of a shape."""
+    return partial(estimate_mlx if backend == "mlx" else estimate, spec)
 
 
 def _targets(recipe: Recipe, spec: ModelSpec) -> Choice[tuple[str, ...]]:
@@ -206,6 +237,39 @@ def _keep_layers(recipe: Recipe, spec: ModelSpec, fits: Callable[[int], bool]) -
     if n == spec.n_layers:
         return Choice(n, "memory allows every layer's activations, so none is recomputed")
     return Choice(n, f"memory allows the activations of {n} layers; {spec.n_layers - n} are recomputed")
+
+
+def _ahead(backend: str, device: str, fits: Callable[[int], bool]) -> Choice[int]:
+    if backend != "mlx":
+        return Choice(0, "torch hands operations over one by one, and memory with them")
+    if device == "cpu":  # who encodes and who computes are the same cores
+        return Choice(0, "a CPU gains nothing by it")
+    if fits(1):
+        return Choice(1, "memory allows one layer to wait for the device while another runs")
+    return Choice(0, "memory is too short for a second layer's buffers")
+
+
+def _answers(
+    recipe: Recipe, length: int, stats: DataStats | None, fits: Callable[[dict[str, int]], bool]
+) -> Choice[int]:
+    if recipe.evaluate.task == "none":
+        return Choice(1, "questions are answered one by one")
+    n = largest(ANSWERS_AT_ONCE, lambda n: fits(_asked(recipe, length, stats, n)), 1)
+    if n == ANSWERS_AT_ONCE:
+        return Choice(n, "enough prompts to keep the device busy")
+    return Choice(n, "as many key-value caches as memory allows")
+
+
+def _asked(recipe: Recipe, length: int, stats: DataStats | None, rows: int) -> dict[str, int]:
+    """Tokens of the prompts answered side by side, and of their answers, at the most."""
+    task = recipe.evaluate.task != "none"
+    if not task and not recipe.ask:
+        return {}
+    longest = sorted(stats.sizes)[-rows:] if stats is not None else [length] * rows
+    new = recipe.evaluate.max_new_tokens if task else 0
+    if recipe.ask:
+        new = max(new, recipe.generation.max_new_tokens)
+    return {"prompt_tokens": sum(longest), "answer_tokens": rows * new}
 
 
 def _steps(recipe: Recipe, stats: DataStats | None) -> Choice[int] | None:

@@ -25,9 +25,6 @@ from burnish.data.packing import segment_mask
 from burnish.errors import NonFinite, UserError
 from burnish.planning.plan import Plan
 
-# A layer's buffers, in moments: what a layer that waits for the device may take.
-ROOM_AHEAD = 4
-
 
 class MlxLearner:
     """Owns the model, its adapter and the optimizer. Made by `load.open_mlx` (or `load.adapt` on a loaded
@@ -122,6 +119,17 @@ class MlxLearner:
     # --- Learner ---
 
     def step(self, micros: Sequence[Batch], lr: float) -> StepStats:
+        optimizer, weights, stats = self._stepped(micros, lr)
+        self._optimizer, self._step = optimizer, self._step + 1
+        self._put(weights)
+        return stats
+
+    def rehearse(self, micros: Sequence[Batch]) -> None:
+        """What is compiled for these shapes stays compiled."""
+        self._stepped(micros, 0.0)
+
+    def _stepped(self, micros: Sequence[Batch], lr: float) -> tuple[AdamW, dict[str, mx.array], StepStats]:
+        """Optimizer and weights as they would be after this step; the learner's own have not changed."""
         total = total_weight(micros)
         with self._here():
             loss, gradients = self._gradients(micros, total)
@@ -131,9 +139,7 @@ class MlxLearner:
             clip = self._plan.recipe.train.clip
             shrink = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
             optimizer, weights = self._optimizer.stepped(self._weights, gradients, shrink, lr)
-        self._optimizer, self._step = optimizer, self._step + 1
-        self._put(weights)
-        return StepStats(loss, norm, total, sum(m.n_tokens for m in micros))
+        return optimizer, weights, StepStats(loss, norm, total, sum(m.n_tokens for m in micros))
 
     def save(self, folder: Path) -> None:
         arrays = self._weights, self._optimizer.first, self._optimizer.second
@@ -212,11 +218,8 @@ def _pace(plan: Plan) -> tuple[int, int]:
     at once, so where memory is short the limit is set below what is needed.
     """
     parts = {p.name: p.n_bytes for p in plan.estimate}
-    needed, moment = plan.total_bytes - parts["framework"], parts["largest moment"]
-    # On the CPU nothing is gained: who encodes and who computes are the same cores.
-    if plan.device.value != "cpu" and plan.total_bytes + ROOM_AHEAD * moment <= plan.budget.value:
-        return 1, needed + ROOM_AHEAD * moment
-    return 0, needed - moment // 3
+    needed, ahead = plan.total_bytes - parts["framework"], plan.ahead.value
+    return ahead, needed if ahead else needed - parts["largest moment"] // 3
 
 
 def _targets(batch: Batch) -> Targets:

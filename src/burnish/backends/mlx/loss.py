@@ -14,9 +14,9 @@ import mlx.core as mx
 import numpy as np
 
 from burnish.backends.mlx.cpu_math import apart, exp
+from burnish.planning.memory_mlx import LEAST_SLICE
 
 Logits = Callable[[mx.array], mx.array]  # [1, N, D] → [1, N, V]
-_LEAST = 64  # rows of a slice: fewer make the head's product no faster
 _RUN = 256  # numbers that are added one by one
 
 
@@ -115,7 +115,7 @@ class SlicedLoss:
         return loss, gradient.reshape(hidden_BTD.shape)
 
     def _slices(self, n: int) -> list[slice]:
-        size = _LEAST
+        size = LEAST_SLICE
         while size < min(n, self._rows):
             size *= 2
         size = min(size, self._rows)

@@ -76,6 +76,7 @@ class SlicedLoss(torch.autograd.Function):
             total = logits.sum(1, keepdim=True)
             nll[at] = (total.log() + top - picked)[:, 0]
             if gradient is None:
+                del logits  # before the next slice makes its own
                 continue
             scale = weights_N[at, None]
             logits.mul_(scale / total)
@@ -83,6 +84,7 @@ class SlicedLoss(torch.autograd.Function):
             if capped is not None and head.softcap is not None:
                 logits.mul_(1 - (capped / head.softcap) ** 2)
             gradient[at] = head.gradient(logits, hidden_ND.dtype)
+            del logits, capped
         ctx.gradient = gradient
         ctx.mark_non_differentiable(nll, hit)
         return (nll * weights_N).sum(), nll, hit
