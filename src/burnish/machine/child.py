@@ -1,0 +1,34 @@
+"""A module of burnish run in a process of its own, so that this one imports no framework.
+
+done = run_module("burnish.backends.rate", ["torch", "cpu", "float32"], limit_s=60)
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[2]
+
+
+def run_module(
+    module: str, arguments: Sequence[str], limit_s: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Its output as text. Raises OSError where it cannot be started, TimeoutExpired where it does not end.
+
+    This very package is found first, however this process came to it, and never the folder that it is run in:
+    a file of the user's must not stand in for a module.
+    """
+    paths = [str(_PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, "-P", "-m", module, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
