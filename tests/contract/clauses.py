@@ -66,6 +66,13 @@ def saved(learner: Learner, folder: Path) -> dict[str, Any]:
     return found
 
 
+def written(learner: Learner, folder: Path) -> dict[str, bytes]:
+    """The files that `save` writes."""
+    folder.mkdir()
+    learner.save(folder)
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
 def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Keys whose values are not the same, bit for bit."""
     def same(x: Any, y: Any) -> bool:
@@ -167,6 +174,22 @@ def check_2_atomic(make: Make, tmp: Path) -> None:
     for _ in range(2):
         assert learner.step(HALVES, LR) == twin.step(HALVES, LR)
     assert differing(saved(learner, tmp / "learner"), saved(twin, tmp / "twin")) == []
+
+
+def check_2_rehearsal(make: Make, tmp: Path) -> None:
+    """A rehearsed step leaves no trace either, and looks at its numbers as a step does."""
+    learner, twin = make(lora=DROPOUT), make(lora=DROPOUT)
+    files = written(twin, tmp / "twin's")
+    for number, micros in enumerate((HALVES, [OTHER], [BATCH])):
+        learner.rehearse([BATCH, OTHER])
+        assert written(learner, tmp / f"rehearsed {number}") == files
+        assert learner.step(micros, LR) == twin.step(micros, LR)
+        files = written(twin, tmp / f"twin's {number}")
+    raises(NonFinite, lambda: learner.rehearse([HALVES[0], poisoned(HALVES[1])]))
+    raises(UserError, lambda: learner.rehearse([without_weights(BATCH)]))
+    assert written(learner, tmp / "after errors") == files
+    assert learner.step(HALVES, LR) == twin.step(HALVES, LR)
+    assert written(learner, tmp / "learner") == written(twin, tmp / "twin")
 
 
 def check_3_split(make: Make, tmp: Path) -> None:

@@ -52,6 +52,9 @@ class Wrapped:
     def step(self, micros: Sequence[Batch], lr: float) -> StepStats:
         return self.inner.step(micros, lr)
 
+    def rehearse(self, micros: Sequence[Batch]) -> None:
+        self.inner.rehearse(micros)
+
     def save(self, folder: Path) -> None:
         self.inner.save(folder)
 
@@ -105,6 +108,27 @@ class LosesItsPlaceInTheMasks(Wrapped):
     def _other_seed(self) -> Any:
         recipe = self.inner.plan.recipe
         return recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 99})})
+
+
+class RehearsalIsAStep(Wrapped):
+    """Nothing moves at a learning rate of 0 but the moments and the counter."""
+
+    def rehearse(self, micros: Sequence[Batch]) -> None:
+        self.inner.step(micros, 0.0)
+
+
+class RehearsalTakesAMask(LosesItsPlaceInTheMasks):
+    """What is saved is the same; the masks that follow are others."""
+
+    def rehearse(self, micros: Sequence[Batch]) -> None:
+        self.inner.rehearse(micros)
+        self.inner.plan = replace(self.inner.plan, recipe=self._other_seed())
+
+
+class RehearsesForwardOnly(Wrapped):
+    def rehearse(self, micros: Sequence[Batch]) -> None:
+        for micro in micros:
+            self.inner.score(micro)
 
 
 class MeanOfMeans(Wrapped):

@@ -15,6 +15,9 @@ Check = Callable[[Make, Path], None]
 CONTROLS: dict[Check, tuple[type[doubles.Wrapped], ...]] = {
     clauses.check_1_types: (doubles.WiderScores, doubles.ArrayScalars),
     clauses.check_2_atomic: (doubles.UpdatesBeforeChecking, doubles.LosesItsPlaceInTheMasks),
+    clauses.check_2_rehearsal: (
+        doubles.RehearsalIsAStep, doubles.RehearsalTakesAMask, doubles.RehearsesForwardOnly,
+    ),
     clauses.check_3_split: (doubles.MeanOfMeans, doubles.SumNotMean),
     clauses.check_4_errors: (doubles.NaNsPassThrough, doubles.NoTokensNoError, doubles.LoadsHalf),
     clauses.check_5_optimizer_from_open_on: (doubles.OptimizerComesLater,),

@@ -86,8 +86,8 @@ def test_each_answer_is_held_against_its_own_row(monkeypatch: pytest.MonkeyPatch
     """Prompts are answered by length, short ones first; the results come in the order of the rows."""
     seen: list[Any] = []
 
-    def answered(model: Any, tokenizer: Any, prompts: Any, how: Any, stop: Any) -> list[Answer]:
-        seen.append(([len(p) for p in prompts], how, stop))
+    def answered(model: Any, tokenizer: Any, prompts: Any, how: Any, stop: Any, at_once: int) -> list[Answer]:
+        seen.append(([len(p) for p in prompts], how, stop, at_once))
         return [Answer(str(len(p)), 1, "stop", "", "") for p in prompts]
 
     monkeypatch.setattr(score, "answer", answered)
@@ -96,9 +96,9 @@ def test_each_answer_is_held_against_its_own_row(monkeypatch: pytest.MonkeyPatch
         for n, right in ((5, "6"), (2, "3"), (9, "wrong"), (1, " 2 "))
     ]
     echo: Any = Echo()
-    results = run_task("exact-match", echo, echo, echo, rows, 7, ("\n",))
-    (lengths, how, stop) = seen[0]
-    assert lengths == [2, 3, 6, 10]
+    results = run_task("exact-match", echo, echo, echo, rows, 7, ("\n",), at_once=3)
+    (lengths, how, stop, at_once) = seen[0]
+    assert lengths == [2, 3, 6, 10] and at_once == 3
     assert (how.max_new_tokens, how.temperature, how.stop_ids, stop) == (7, 0.0, (2,), ("\n",))
     assert [r.question for r in results] == ["q" * 5, "q" * 2, "q" * 9, "q"]
     assert [r.answer for r in results] == ["6", "3", "10", "2"]

@@ -10,8 +10,9 @@ import pytest
 
 from burnish.backends.base import Model, Sampling, Token
 from burnish.errors import NonFinite, OutOfMemory, Unsupported, UserError
-from burnish.inference.generate import ROWS, Answer, answer, check_window, sampling
+from burnish.inference.generate import Answer, answer, check_window, sampling
 from burnish.models.tokenizer import Tokenizer
+from burnish.planning.memory import ANSWERS_AT_ONCE
 from burnish.recipe import Generation
 
 END = 0
@@ -214,16 +215,16 @@ def test_what_may_become_a_stop_string_waits():
 
 def test_many_prompts_are_answered_in_order_in_groups():
     model, heard = Scripted("ok"), []
-    given = ask(model, rows=ROWS + 3, on_text=lambda row, piece: heard.append(row))
-    assert [a.text for a in given] == ["ok"] * (ROWS + 3)
-    assert [n for _, _, n in model.asked] == [ROWS, 3]
-    assert sorted(set(heard)) == list(range(ROWS + 3))
+    given = ask(model, rows=ANSWERS_AT_ONCE + 3, on_text=lambda row, piece: heard.append(row))
+    assert [a.text for a in given] == ["ok"] * (ANSWERS_AT_ONCE + 3)
+    assert [n for _, _, n in model.asked] == [ANSWERS_AT_ONCE, 3]
+    assert sorted(set(heard)) == list(range(ANSWERS_AT_ONCE + 3))
 
 
 def test_a_group_that_fails_does_not_change_the_others():
     model = Scripted("ok", [None, OOM])
-    given = ask(model, rows=ROWS + 1)
-    assert [a.rung for a in given] == [""] * ROWS + ["half as many tokens"]
+    given = ask(model, rows=ANSWERS_AT_ONCE + 1)
+    assert [a.rung for a in given] == [""] * ANSWERS_AT_ONCE + ["half as many tokens"]
 
 
 # --- settings ---

@@ -104,10 +104,10 @@ def kill_between_steps(n: int) -> None:
 
 
 def kill_after_gradients(n: int) -> None:
-    """Inside a step: the gradients are there, the update is not."""
+    """Inside a step: the gradients are there, the update is not. Step 0 is the rehearsal."""
     from burnish.backends.torch.learner import TorchLearner
 
-    _counted(TorchLearner, "_gradients", n, after=die)
+    _counted(TorchLearner, "_gradients", n + 1, after=die)
 
 
 def kill_after_update(n: int) -> None:
@@ -229,13 +229,13 @@ def kill_in_take_back(n: int) -> None:
 def terminate_in_step(n: int) -> None:
     from burnish.backends.torch.learner import TorchLearner
 
-    _counted(TorchLearner, "_gradients", n, after=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    _counted(TorchLearner, "_gradients", n + 1, after=lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def interrupt_in_step(n: int) -> None:
     from burnish.backends.torch.learner import TorchLearner
 
-    _counted(TorchLearner, "_gradients", n, after=lambda: os.kill(os.getpid(), signal.SIGINT))
+    _counted(TorchLearner, "_gradients", n + 1, after=lambda: os.kill(os.getpid(), signal.SIGINT))
 
 
 def interrupt_in_answer(n: int) -> None:
@@ -251,7 +251,7 @@ def interrupt_twice_in_step(n: int) -> None:
 
     from burnish.backends.torch.learner import TorchLearner
 
-    _counted(TorchLearner, "_gradients", n, after=twice)
+    _counted(TorchLearner, "_gradients", n + 1, after=twice)
 
 
 def _limited(verb: str, n: int, n_bytes: int) -> None:

@@ -116,6 +116,7 @@ def resumed(world: World, forks: Forks, untouched: World) -> Ended:
         ("kill_between_steps", 2, 1, 0),  # before anything was saved
         ("kill_between_steps", 6, 5, 3),
         ("kill_between_steps", 7, 6, 6),  # just after a checkpoint
+        ("kill_after_gradients", 0, 0, 0),  # in the rehearsal
         ("kill_after_gradients", 9, 8, 6),  # in step 9
         ("kill_after_update", 12, 11, 9),
         ("kill_in_save", 3, 4, 3),  # best of step 4: its adapter (files 1, 2 are of checkpoint 3)
@@ -125,7 +126,7 @@ def resumed(world: World, forks: Forks, untouched: World) -> Ended:
         ("kill_between_renames", 1, 8, 6),  # `best/` of step 4 aside, that of step 8 not yet there
         ("kill_after_renames", 1, 8, 6),
         ("kill_in_removal", 1, 9, 9),  # checkpoint 9 is whole, 3 is going
-        ("kill_in_record", 6, 4, 3),  # events: planned, 1, 2, 3, saved, 4
+        ("kill_in_record", 7, 4, 3),  # events: planned, rehearsed, 1, 2, 3, saved, 4
         ("kill_in_publish", 1, 4, 3),  # `best/`, for the first time
     ],
 )
@@ -184,8 +185,19 @@ def test_a_signal_before_the_first_step_ends_without_a_checkpoint(
     fresh.recipe(ask=["question 1"])
     ended = forks.run(fresh.root, ARGS, "interrupt_in_answer", 1)
     assert (ended.signal, ended.code) == (0, EXIT_INTERRUPTED), ended.err
-    assert [e["event"] for e in ended.events] == ["planned", "answered", "interrupted"]
+    assert [e["event"] for e in ended.events] == ["planned", "rehearsed", "answered", "interrupted"]
     assert not (fresh.out / "checkpoints").exists()
+    assert forks.run(fresh.root, [*ARGS, "--resume"]).code == 0
+    assert metrics(fresh) == metrics(untouched)
+
+
+def test_a_signal_in_the_rehearsal_ends_before_a_question_is_asked(
+    fresh: World, forks: Forks, untouched: World
+):
+    fresh.recipe(ask=["question 1"])
+    ended = forks.run(fresh.root, ARGS, "interrupt_in_step", 0)
+    assert (ended.signal, ended.code) == (0, EXIT_INTERRUPTED), ended.err
+    assert [e["event"] for e in ended.events] == ["planned", "rehearsed", "interrupted"]
     assert forks.run(fresh.root, [*ARGS, "--resume"]).code == 0
     assert metrics(fresh) == metrics(untouched)
 

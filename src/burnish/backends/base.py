@@ -112,6 +112,12 @@ class Learner(Model, Protocol):
         """One optimizer step over all micro-batches; atomic: if it raises, nothing has changed."""
         ...
 
+    def rehearse(self, micros: Sequence[Batch]) -> None:
+        """What `step` does over these micro-batches, in as much memory, and nothing of it kept: the step
+        after it is the one there would have been without. Raises what `step` raises.
+        """
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the adapter (PEFT layout), the optimizer and every random state into an existing folder."""
         ...

@@ -150,6 +150,14 @@ class ReferenceLearner:
     # --- Learner ---
 
     def step(self, micros: Sequence[Batch], lr: float) -> StepStats:
+        self.state, stats = self._stepped(micros, lr)
+        return stats
+
+    def rehearse(self, micros: Sequence[Batch]) -> None:
+        self._stepped(micros, 0.0)
+
+    def _stepped(self, micros: Sequence[Batch], lr: float) -> tuple[State, StepStats]:
+        """What the state would be after this step; it is not yet."""
         weight = total_weight(micros)
         loss, grads = self.gradients(micros, weight)
         norm = float(np.sqrt(sum(float((g * g).sum()) for g in grads.values())))
@@ -157,8 +165,8 @@ class ReferenceLearner:
             raise NonFinite(f"loss {loss}, gradient norm {norm}; nothing was updated")
         clip = self.plan.recipe.train.clip
         shrink = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
-        self.state = adamw(self.state, grads, shrink, lr, self.plan.recipe.train.weight_decay)
-        return StepStats(loss, norm, weight, sum(b.n_tokens for b in micros))
+        state = adamw(self.state, grads, shrink, lr, self.plan.recipe.train.weight_decay)
+        return state, StepStats(loss, norm, weight, sum(b.n_tokens for b in micros))
 
     def gradients(self, micros: Sequence[Batch], weight: float) -> tuple[float, Mapping[str, np.ndarray]]:
         """The loss of a step over its micro-batches, and its gradient by the adapter (float64); no update."""

@@ -15,6 +15,7 @@ from burnish.errors import NonFinite
 from burnish.evaluation.tasks.text import exact_match
 from burnish.inference.generate import answer
 from burnish.models.tokenizer import Tokenizer
+from burnish.planning.memory import ANSWERS_AT_ONCE
 
 TASKS: dict[str, Callable[[str, str], bool]] = {"exact-match": exact_match}
 
@@ -56,12 +57,15 @@ def run_task(
     conversations: Sequence[Conversation],
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    at_once: int = ANSWERS_AT_ONCE,
 ) -> list[Result]:
-    """Greedy answers to every conversation's last question, each held against its expected answer."""
+    """Greedy answers to every conversation's last question, each held against its expected answer. at_once:
+    prompts answered side by side.
+    """
     prompts = [renderer.prompt(c.prompt) for c in conversations]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like with like: less padding
     how = Sampling(max_new_tokens, stop_ids=tokenizer.stop_ids)
-    given = answer(model, tokenizer, [prompts[i] for i in by_length], how, stop)
+    given = answer(model, tokenizer, [prompts[i] for i in by_length], how, stop, at_once=at_once)
     texts = dict(zip(by_length, (a.text for a in given), strict=True))
     return [
         Result(

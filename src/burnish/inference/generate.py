@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 from burnish.backends.base import Model, Sampling
 from burnish.errors import OutOfMemory, Unsupported, UserError
 from burnish.models.tokenizer import Tokenizer
+from burnish.planning.memory import ANSWERS_AT_ONCE
 from burnish.recipe import Generation
-
-ROWS = 16  # prompts answered side by side
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,16 @@ def answer(
     how: Sampling,
     stop: Sequence[str] = (),
     on_text: Callable[[int, str], None] | None = None,
+    at_once: int = ANSWERS_AT_ONCE,
 ) -> list[Answer]:
-    """One answer a prompt, in order. `on_text(row, piece)` hears the text as it grows.
+    """One answer a prompt, in order, `at_once` of them side by side. `on_text(row, piece)` hears the text as
+    it grows.
 
     Raises OutOfMemory or Unsupported where even the CPU could not.
     """
     answers: list[Answer] = []
-    for i in range(0, len(prompts), ROWS):
-        answers += _climb(model, tokenizer, prompts[i : i + ROWS], how, stop, on_text, i)
+    for i in range(0, len(prompts), at_once):
+        answers += _climb(model, tokenizer, prompts[i : i + at_once], how, stop, on_text, i)
     return answers
 
 

@@ -23,6 +23,17 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class Rehearsed:
+    """The step that needs most memory was run once, and nothing of it kept, before the first one."""
+
+    seconds: float  # with what is set up or compiled at first use
+    peak_bytes: int  # since the model was opened
+    predicted_bytes: int  # of what the device's counters see
+    error_percent: float  # of the prediction, by what was measured: positive where too much was predicted
+    tokens: int  # of the step, padding not counted
+
+
+@dataclass(frozen=True)
 class Answered:
     when: str  # 'before' or 'after' training
     question: str
@@ -97,7 +108,7 @@ class Finished:
     peak_bytes: int
 
 
-Event = Planned | Answered | Scored | Stepped | Validated | Saved | Noted | Interrupted | Finished
+Event = Planned | Rehearsed | Answered | Scored | Stepped | Validated | Saved | Noted | Interrupted | Finished
 
 
 def as_json(event: Event) -> dict[str, Any]:

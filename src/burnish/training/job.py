@@ -13,9 +13,10 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from burnish import __version__, backends
 from burnish.backends.base import Learner
@@ -23,7 +24,7 @@ from burnish.data.formats import question, takes_chat
 from burnish.data.prepare import Prepared, prepare
 from burnish.data.render import Renderer
 from burnish.data.training_template import NO_TEMPLATE, OWN
-from burnish.errors import EXIT_WILL_NOT_FIT, UserError, all_problems
+from burnish.errors import OutOfMemory, UserError, all_problems
 from burnish.evaluation.score import run_task
 from burnish.inference.generate import answer, check_window, sampling
 from burnish.machine.probe import Machine, probe
@@ -39,15 +40,18 @@ from burnish.runs.events import (
     Interrupted,
     Noted,
     Planned,
+    Rehearsed,
     Scored,
     Stepped,
     Validated,
 )
 from burnish.runs.folder import ADAPTER, BEST, RunFolder, State
+from burnish.training.rehearsal import predicted_bytes, rehearse
+from burnish.training.too_large import ran_out, too_large
 from burnish.training.trackers import check_trackers, open_trackers
 from burnish.training.train import train
 
-PINNED = ("micro_batch", "keep_layers", "loss_slice", "pack", "row_length", "lengths")
+PINNED = ("micro_batch", "keep_layers", "ahead", "loss_slice", "pack", "row_length", "lengths")
 SAME = ("backend", "device", "weights", "compute", "quantize")
 
 
@@ -101,15 +105,16 @@ def run_job(
     check_trackers(recipe)
     backends.check(material.plan)
     if not material.plan.fits:
-        raise _too_large(material.plan)
+        raise too_large(material.plan)
     with (
         (RunFolder.resume if resume else RunFolder.begin)(out, recipe) as run,
         open_trackers(recipe, out) as trackers,
     ):
         plan = _pinned(material.plan, run) if resume else material.plan
         if not plan.fits:  # it began with more room than there is now
-            raise _too_large(plan)
-        run.write_json("plan.json", plan.summary())
+            raise too_large(plan)
+        known = run.read_json("plan.json") if resume else None
+        run.write_json("plan.json", plan.summary() | _measured(known or {}))
         run.write_json("environment.json", _environment(plan.machine))
         for event in _events(material, plan, run, resume, skip_before, stop, began):
             run.record(event)
@@ -144,8 +149,8 @@ def _events(
     try:
         if folder is not None:
             learner.load(folder)
-        elif not skip_before:
-            yield from _judge("before", learner, material, stop)
+        else:
+            yield from _begin(learner, material, plan, run, skip_before, stop)
         step, best_step = state.step, state.best_step
         for event in train(plan, learner, prepared, run, state, stop):
             yield event
@@ -165,6 +170,56 @@ def _events(
         yield Finished(step, str(adapter), from_step, time.monotonic() - began, plan.total_bytes, peak)
     finally:
         learner.close()
+
+
+def _begin(
+    learner: Learner,
+    material: Material,
+    plan: Plan,
+    run: RunFolder,
+    skip_before: bool,
+    stop: Callable[[], bool],
+) -> Iterator[Event]:
+    """What comes before the first step of all: memory first, for it may end the run."""
+    if not stop():
+        rehearsed = _rehearsed(learner, material.prepared, plan)
+        run.write_json("plan.json", measured_summary(plan, rehearsed))
+        yield rehearsed
+    if not skip_before:
+        yield from _judge("before", learner, material, stop)
+
+
+def _rehearsed(learner: Learner, prepared: Prepared, plan: Plan) -> Rehearsed:
+    try:
+        return rehearse(plan, learner, prepared)
+    except OutOfMemory as e:
+        raise ran_out(plan, learner.memory().peak_bytes, predicted_bytes(plan), e) from e
+
+
+def measure(recipe: Recipe, near: Path) -> dict[str, Any]:
+    """The plan's summary with `measured`, as plan.json has it once a run has rehearsed: model and data are
+    read, the longest step is run once, and nothing is written. Raises as `run_job` does.
+    """
+    material = gather(recipe, near)
+    plan = material.plan
+    backends.check(plan)
+    if not plan.fits:
+        raise too_large(plan)
+    learner = backends.open(plan)
+    try:
+        return measured_summary(plan, _rehearsed(learner, material.prepared, plan))
+    finally:
+        learner.close()
+
+
+def measured_summary(plan: Plan, rehearsed: Rehearsed) -> dict[str, Any]:
+    names = ("peak_bytes", "predicted_bytes", "error_percent", "seconds")
+    return plan.summary() | {"measured": {name: getattr(rehearsed, name) for name in names}}
+
+
+def _measured(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run that is resumed has measured already."""
+    return {k: v for k, v in summary.items() if k == "measured"}
 
 
 def _data_notes(prepared: Prepared) -> Iterator[str]:
@@ -221,6 +276,7 @@ def _judge(when: str, learner: Learner, material: Material, stop: Callable[[], b
             rows[: task.rows],
             task.max_new_tokens,
             recipe.generation.stop,
+            material.plan.answers_at_once.value,
         )
         yield Scored(when, task.task, sum(r.right for r in results), len(results))
 
@@ -277,24 +333,8 @@ def _pinned(plan: Plan, run: RunFolder) -> Plan:
     values["lengths"] = tuple(values["lengths"])  # JSON knows no tuples
     kept = {name: Choice(value, "as the run began") for name, value in values.items()}
     parts = tuple(Part(p["part"], p["bytes"], p["why"]) for p in began["estimate"])
-    return replace(plan, **kept, estimate=parts)
-
-
-def _too_large(plan: Plan) -> UserError:
-    return UserError(
-        f"this needs {plan.total_bytes / 2**30:.1f} GiB and {plan.budget.value / 2**30:.1f} GiB "
-        f"are there ({plan.budget.reason})",
-        f"burnish plan   shows the parts; {_smaller(plan)}",
-        EXIT_WILL_NOT_FIT,
-    )
-
-
-def _smaller(plan: Plan) -> str:
-    if plan.keep_layers.value and plan.recipe.train.keep_layers != "auto":
-        return "set train.keep_layers=0"
-    if plan.micro_batch.value > 1:
-        return "set train.micro_batch=1"
-    return "try a smaller train.max_length, quantize=4bit, lora.targets=attention, or a smaller model"
+    shaped = {name: values[name] for name in ("micro_batch", "keep_layers", "ahead", "loss_slice")}
+    return replace(plan, **kept, estimate=parts, shape=replace(plan.shape, **shaped))
 
 
 def _check_vocabulary(prepared: Prepared, spec: ModelSpec) -> None:

@@ -36,7 +36,7 @@ def train(
     examples = prepared.train.examples
     per_epoch = steps_per_epoch(len(examples), recipe.batch_size)
     held_out = _held_out(plan, prepared.valid.examples)
-    batches = _batches(plan, examples, state.cursor)
+    batches = laid_out(plan, examples, state.cursor)
     saved = state.step
     while state.step < total and not _stale(plan, state):
         if stop():
@@ -82,7 +82,8 @@ def train(
         )
 
 
-def _batches(plan: Plan, examples: Sequence[Example], cursor: Cursor) -> Iterator[tuple[list[Batch], Cursor]]:
+def laid_out(plan: Plan, examples: Sequence[Example], cursor: Cursor) -> Iterator[tuple[list[Batch], Cursor]]:
+    """Endless steps from `cursor` on: each one's micro-batches, and the cursor that follows it."""
     size, micro, seed = plan.recipe.train.batch_size, plan.micro_batch.value, plan.recipe.train.seed
     if plan.pack.value:
         return packed_steps(examples, size, micro, seed, cursor, plan.row_length.value)

@@ -105,31 +105,23 @@ class TorchLearner:
     # --- Learner ---
 
     def step(self, micros: Sequence[Batch], lr: float) -> StepStats:
-        total = sum(m.weight for m in micros)  # known before the first forward pass
-        if total <= 0:
-            raise UserError(
-                "this step has no trained tokens", "burnish data RECIPE --show 3   shows what is trained"
-            )
-        train = self._plan.recipe.train
-        parameters = list(self._trainable.values())
-        try:
-            with translated():
-                with self._recompute:
-                    loss = self._gradients(micros, total)
-                norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-                if not np.isfinite(loss) or not np.isfinite(norm):
-                    raise NonFinite(f"loss {loss}, gradient norm {norm} at step {self._step + 1}")
-                if train.clip is not None:
-                    nn.utils.clip_grads_with_norm_(parameters, train.clip, torch.tensor(norm))
-                for group in self._optimizer.param_groups:
-                    group["lr"] = lr
-                self._optimizer.step()
+        with self._differentiated(micros) as stats:
+            clip = self._plan.recipe.train.clip
+            if clip is not None:
+                nn.utils.clip_grads_with_norm_(
+                    list(self._trainable.values()), clip, torch.tensor(stats.grad_norm)
+                )
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
             narrow(self._adapted, self._compute)
             self._step += 1
-        finally:
-            self._masks.off()
-            self._optimizer.zero_grad(set_to_none=True)
-        return StepStats(loss, norm, total, sum(m.n_tokens for m in micros))
+        return stats
+
+    def rehearse(self, micros: Sequence[Batch]) -> None:
+        """The update is in place: without it a step needs as much memory."""
+        with self._differentiated(micros):
+            pass
 
     def save(self, folder: Path) -> None:
         moments = {n: self._optimizer.state[p] for n, p in self._trainable.items()}
@@ -164,6 +156,27 @@ class TorchLearner:
         narrow(self._adapted, self._compute)
 
     # --- the engine ---
+
+    @contextmanager
+    def _differentiated(self, micros: Sequence[Batch]) -> Iterator[StepStats]:
+        """Within, the adapter holds the step's gradients, finite all of them; afterwards none."""
+        total = sum(m.weight for m in micros)  # known before the first forward pass
+        if total <= 0:
+            raise UserError(
+                "this step has no trained tokens", "burnish data RECIPE --show 3   shows what is trained"
+            )
+        try:
+            with translated():
+                with self._recompute:
+                    loss = self._gradients(micros, total)
+                parameters = self._trainable.values()
+                norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+                if not np.isfinite(loss) or not np.isfinite(norm):
+                    raise NonFinite(f"loss {loss}, gradient norm {norm} at step {self._step + 1}")
+                yield StepStats(loss, norm, total, sum(m.n_tokens for m in micros))
+        finally:
+            self._masks.off()
+            self._optimizer.zero_grad(set_to_none=True)
 
     def _gradients(self, micros: Sequence[Batch], total: float) -> float:
         """Accumulate d(Σ w·nll / total) into the adapter's gradients; the loss."""
