@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Before NumPy and torch load, here and in every process a test starts: on a busy machine, matrices this small
 # lose a hundredfold to thread barriers.
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from burnish.machine.blas import use_openblas
+from burnish.machine.rate import Rate
 from tests.tiny import tiny_model
 from tests.training.forks import Forks
 from tests.world import World
@@ -27,6 +29,23 @@ from tests.world import World
 with suppress(ModuleNotFoundError):
     import torch  # noqa: F401  (first: what is loaded next would change its bits)
 use_openblas()  # before any test imports mlx
+
+RATE = Rate(flops=2e11, bytes_per_s=2e10, source="measured on the machine of the tests", measured=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test reads or writes the caches of whoever runs it, nor does a process that a test starts; and
+    `burnish plan` in this process measures no rate: it takes seconds, is another each time, and is not kept
+    while the machine is busy.
+    """
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        if sys.platform == "darwin":  # where caches are is not in the environment, but the home is
+            patch.setenv("HOME", str(folder))
+        patch.setattr("burnish.cli.plan.measured_rate", lambda *_: RATE)
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -170,7 +170,10 @@ Tracker = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
 
 class Recipe(Section):
     name: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$")] = "run"
-    model: Path_ = Field(default="", description="model folder (config.json, safetensors, tokenizer)")
+    model: Path_ = Field(
+        default="",
+        description="model folder (config.json, safetensors, tokenizer); to plan only, also hf:OWNER/NAME",
+    )
     backend: Literal["auto", "torch", "mlx", "reference"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps", "metal"] = Field(
         default="auto", description="mps and metal are two words for the Apple GPU"

@@ -15,7 +15,7 @@ import pytest
 
 from burnish import __version__
 from burnish.data.prepare import prepare
-from burnish.errors import EXIT_FAILED, EXIT_WILL_NOT_FIT
+from burnish.errors import EXIT_FAILED
 from burnish.inference.generate import Answer
 from burnish.models.tokenizer import Tokenizer, load_tokenizer
 from burnish.recipe import Recipe, known_keys, parse, shipped, shipped_text
@@ -60,7 +60,8 @@ def events(learnt: World) -> list[dict[str, Any]]:
 def test_train_prints_every_event_as_json(learnt: World):
     said = events(learnt)
     kinds = [e["event"] for e in said]
-    assert kinds[:3] == ["planned", "answered", "scored"] and kinds[-3:] == ["answered", "scored", "finished"]
+    assert kinds[:4] == ["planned", "rehearsed", "answered", "scored"]
+    assert kinds[-3:] == ["answered", "scored", "finished"]
     recorded = [json.loads(line) for line in (learnt.out / "events.jsonl").read_text().splitlines()]
     assert recorded == said
     metrics = [json.loads(line) for line in (learnt.out / "metrics.jsonl").read_text().splitlines()]
@@ -88,6 +89,11 @@ def test_train_tells_a_person_the_same_facts(learning: World, learnt: World):
             )
         elif e["event"] == "answered":
             assert f"{e['when']} training, asked: question 1\n  answer: {e['answer'].strip()}" in text.out
+        elif e["event"] == "rehearsed":  # its numbers are another run's
+            assert re.search(
+                r"^rehearsed the longest step: \d\.\d\d GiB measured, \d\.\d\d predicted \([+-]\d+\.\d %\), "
+                r"\d+\.\d s a step$", text.out, re.M,
+            )  # fmt: skip
         elif e["event"] == "saved":
             assert f"step {e['step']}: saved " in text.out
     assert text.out.splitlines()[-1] == "held-out exact match: before 0.0 %, after 100.0 %"
@@ -244,45 +250,7 @@ def test_data_show_of_plain_rows(world: World):
     assert cut == [("question: 1 + 1 answer:", False), (" 2<|im_end|>", True)]
 
 
-# --- plan, doctor, recipes ---
-
-
-def test_plan_gives_choices_reasons_and_the_sum_of_its_parts(world: World):
-    said = world.burnish("plan", "recipe.yaml", "--json")
-    summary = json.loads(said.out)
-    assert said.code == 0 and summary["fits"] is True
-    assert summary["total_bytes"] == sum(part["bytes"] for part in summary["estimate"])
-    assert all(choice["reason"] for choice in summary["choices"].values())
-    assert summary["choices"]["length"]["value"] < 64, "the data was read"
-    text = world.burnish("plan", "recipe.yaml").out
-    for name, choice in summary["choices"].items():
-        if name not in ("budget", "targets", "layers", "lengths"):
-            assert re.search(rf"^{name.replace('_', ' ')} +{re.escape(str(choice['value']))} ", text, re.M), (
-                name
-            )
-    for part in summary["estimate"]:
-        assert f"{part['part']} " in text
-    assert "fits: needs" in text
-
-
-def test_plan_says_that_it_does_not_fit(world: World, monkeypatch: pytest.MonkeyPatch):
-    from dataclasses import replace
-
-    import burnish.cli.plan
-    from tests.tiny import MACHINE
-
-    monkeypatch.setattr(burnish.cli.plan, "probe", lambda _: replace(MACHINE, free_ram_bytes=50 << 20))
-    said = world.burnish("plan", "recipe.yaml", "--json")
-    assert said.code == EXIT_WILL_NOT_FIT and json.loads(said.out)["fits"] is False
-    text = world.burnish("plan", "recipe.yaml")
-    assert text.code == EXIT_WILL_NOT_FIT and re.search(
-        r"does not fit: needs 0\.\d\d GiB, budget 0\.04 GiB", text.out
-    )
-
-
-def test_plan_without_the_data_plans_for_the_longest_allowed(world: World):
-    said = world.burnish("plan", "recipe.yaml", "data.train=later.jsonl", "--json")
-    assert json.loads(said.out)["choices"]["length"]["value"] == 64
+# --- doctor, recipes ---
 
 
 def test_doctor_tells_a_program_and_a_person_the_same(world: World):

@@ -11,8 +11,8 @@ from burnish.errors import UserError
 from burnish.models import source
 from burnish.models.geometry import spec_of_geometry
 from burnish.models.source import find_spec
-from burnish.models.spec import ModelSpec, read_spec
-from burnish.recipe import Recipe, load
+from burnish.models.spec import ModelSpec, read_spec, spec_of
+from burnish.recipe import Recipe, load, parse
 
 KNOWN = "Qwen/Qwen2.5-7B-Instruct"
 
@@ -134,3 +134,16 @@ def test_what_is_no_id(model: str):
 def test_a_recipe_without_a_model():
     with pytest.raises(UserError, match="names no model"):
         of("")
+
+
+@pytest.mark.parametrize(
+    ("model", "command"),
+    [
+        ("hf:Qwen/Qwen2.5-7B", "hf download Qwen/Qwen2.5-7B --local-dir ~/models/Qwen2.5-7B"),
+        ("ms:Qwen/Qwen2.5-7B", "modelscope download --model Qwen/Qwen2.5-7B --local_dir ~/models/Qwen2.5-7B"),
+    ],
+)
+def test_training_from_a_hub_id_is_told_how_to_get_the_folder(model: str, command: str) -> None:
+    with pytest.raises(UserError, match="training reads a folder") as caught:
+        spec_of(parse(f"model: {model}"))
+    assert command in caught.value.hint and "then model=~/models/Qwen2.5-7B" in caught.value.hint

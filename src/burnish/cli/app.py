@@ -89,13 +89,27 @@ def data(
 
 
 @app.command()
-def plan(recipe: RecipeName, overrides: Overrides = None, json: Json = False) -> None:
-    """What would be decided for a recipe on this machine, why, and the memory it takes. Exit 3: it does not
-    fit.
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    machine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="plan for another machine, such as m2-pro-32gb")
+    ] = None,
+    model_geometry: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="plan for a known model instead, such as qwen2-14b"),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="run the longest step once, and compare")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """What would be decided for a recipe on this machine, why, the memory it takes and the time, before any
+    download. Exit 3: it does not fit.
     """
-    from burnish.cli.plan import plan_command
+    from burnish.cli.plan import Asked, plan_command
 
-    plan_command(recipe, overrides or [], json)
+    plan_command(recipe, overrides or [], Asked(machine, model_geometry, measure, json))
 
 
 @app.command()

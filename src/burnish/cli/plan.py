@@ -1,38 +1,114 @@
-"""`burnish plan`"""
+"""`burnish plan`. No framework is imported in this process: what needs one is asked of a child."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from burnish.cli.show import choices_table, console, memory_table, print_json, verdict
-from burnish.data.prepare import prepare
-from burnish.errors import EXIT_WILL_NOT_FIT
-from burnish.machine.probe import probe
-from burnish.models.spec import spec_of
-from burnish.models.tokenizer import load_tokenizer
-from burnish.planning.plan import make_plan
-from burnish.recipe import expand, load
+from burnish.cli.show import print_json
+from burnish.cli.show_plan import show_plan
+from burnish.data.lengths import in_child, lengths
+from burnish.errors import EXIT_WILL_NOT_FIT, UserError
+from burnish.machine.known import known_machine
+from burnish.machine.probe import Machine, probe
+from burnish.machine.rate import Rate, measured_rate, published_rate
+from burnish.models.geometry import spec_of_geometry
+from burnish.models.source import find_spec
+from burnish.planning.duration import duration
+from burnish.planning.levers import Lever, levers, room
+from burnish.planning.plan import Plan, make_plan
+from burnish.recipe import Recipe, expand, load
 from burnish.training.environment import prepare_environment
 
+HUBS = ("hf:", "ms:")
 
-def plan_command(name: str, overrides: list[str], json: bool) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What else than the recipe was asked of `burnish plan`."""
+
+    machine: str | None = None  # a machine of the table, instead of this one
+    geometry: str | None = None  # a model of the table, instead of the recipe's
+    measure: bool = False  # run the longest step once
+    json: bool = False
+
+
+def plan_command(name: str, overrides: list[str], asked: Asked) -> None:
     recipe = load(name, overrides)
-    spec = spec_of(recipe)
-    plan = make_plan(recipe, spec, probe(Path.cwd()))
-    if recipe.data.train and expand(recipe.data.train).is_file():  # known lengths make a closer plan
-        prepare_environment()
-        tokenizer = load_tokenizer(spec.folder, recipe.trust_remote_code)
-        plan = plan.tightened(prepare(recipe, tokenizer).stats)
-    summary = plan.summary()
-    if json:
+    if asked.measure and (asked.machine or asked.geometry):
+        raise UserError(
+            "--measure runs a step of the recipe's own model on this machine",
+            "leave out --machine and --model-geometry",
+        )
+    machine = known_machine(asked.machine) if asked.machine else probe(Path.cwd())
+    spec, source = (
+        (spec_of_geometry(asked.geometry), f"the published config of {asked.geometry}")
+        if asked.geometry
+        else find_spec(recipe)
+    )
+    plan = make_plan(recipe, spec, machine)  # refuses an impossible recipe before the data is read
+    prepare_environment()  # for the children
+    unread = _unread(recipe)
+    if not unread:  # known lengths make a closer plan
+        plan = plan.tightened(lengths(name, overrides))
+    summary = plan.summary() | {"model": source or str(spec.folder), "data": unread or "read"}
+    if asked.measure and plan.fits:
+        summary |= {"measured": in_child("burnish.training.measure", [name, *overrides])["measured"]}
+    summary |= {"measured_asked": asked.measure} | _outlook(plan, asked)
+    if asked.json:
         print_json(summary)
     else:
-        out = console()
-        out.print(choices_table(summary["choices"]))
-        out.print()
-        out.print(memory_table(summary))
-        out.print(f"\n{verdict(summary)}")
+        show_plan(plan, summary)
     if not plan.fits:
         raise typer.Exit(EXIT_WILL_NOT_FIT)
+
+
+def _unread(recipe: Recipe) -> str:
+    """Why the data's lengths are not known; '': they can be. It takes the recipe's own tokenizer, whichever
+    model is planned: those of one family cut alike.
+    """
+    model, data = recipe.model, recipe.data.train
+    if not model or model.startswith(HUBS) or not expand(model).exists():
+        return "the model's tokenizer is not here, so the data's lengths are not known"
+    if data.startswith(HUBS):
+        return f"{data} is on a hub, so its lengths are not known"
+    if not data or not expand(data).exists():
+        return f"{data or 'data.train'} is not here, so its lengths are not known"
+    return ""
+
+
+def _outlook(plan: Plan, asked: Asked) -> dict[str, Any]:
+    """What would fit or what room is left, and how long it takes."""
+    rate = _rate(plan, asked)
+    return {
+        "levers": [_typed(lever) for lever in sorted(levers(plan), key=_helps)],
+        "room": [_typed(lever) for lever in room(plan)],
+        "time": None if rate is None else asdict(duration(plan, rate)),
+        "rate": None if rate is None else asdict(rate),
+        "predicted": plan.device.value in ("mps", "metal") or asked.machine is not None,
+    }
+
+
+def _helps(lever: Lever) -> tuple[bool, int]:
+    """Those that are enough come first, in their own order; of the others, those that help most."""
+    return not lever.fits, 0 if lever.fits else lever.total_bytes
+
+
+def _typed(lever: Lever) -> dict[str, Any]:
+    """As typed behind `burnish plan RECIPE`: a model of the table is an option, so that the data is still
+    read with the recipe's own tokenizer.
+    """
+    words = [
+        f"--model-geometry={word[len('model=') :]}" if word.startswith("model=") else word
+        for word in lever.overrides
+    ]
+    return {**asdict(lever), "overrides": words}
+
+
+def _rate(plan: Plan, asked: Asked) -> Rate | None:
+    device, compute = plan.device.value, plan.compute.value
+    here: Machine | None = None if asked.machine else plan.machine
+    found = here and measured_rate(plan.backend.value, device, compute, here)
+    return found or published_rate(plan.machine, device, compute)

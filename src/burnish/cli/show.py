@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from burnish.runs.events import (
@@ -22,12 +21,15 @@ from burnish.runs.events import (
     Interrupted,
     Noted,
     Planned,
+    Rehearsed,
     Saved,
     Scored,
     Stepped,
     Validated,
     as_json,
 )
+
+TIGHT = 0.9  # of the budget
 
 
 def console() -> Console:
@@ -49,50 +51,18 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def choices_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(title="decided", title_justify="left", box=None, pad_edge=False)
-    for column in ("what", "value", "why"):
-        table.add_column(column, overflow="fold")
-    for name, choice in choices.items():
-        value = choice["value"]
-        if name == "budget":
-            value = gib(value)
-        elif isinstance(value, list | tuple):
-            value = _span(value)
-        table.add_row(name.replace("_", " "), str(value), choice["reason"])
-    return table
-
-
-def _span(values: Sequence[Any]) -> str:
-    if not values:
-        return "none"
-    first = values[0] if values else None
-    if len(values) > 2 and isinstance(first, int) and list(values) == list(range(first, first + len(values))):
-        return f"{values[0]}–{values[-1]}"
-    return ", ".join(str(v) for v in values)
-
-
-def memory_table(summary: Mapping[str, Any]) -> Table:
-    table = Table(title="memory", title_justify="left", box=None, pad_edge=False)
-    table.add_column("part")
-    table.add_column("GiB", justify="right")
-    table.add_column("")
-    table.add_column("why", overflow="fold")
-    most = max((p["bytes"] for p in summary["estimate"]), default=1) or 1
-    for part in summary["estimate"]:
-        bar = "█" * round(16 * part["bytes"] / most)
-        table.add_row(part["part"], f"{part['bytes'] / 2**30:.2f}", bar, part["why"])
-    table.add_row(
-        "total", f"{summary['total_bytes'] / 2**30:.2f}", "", f"of {gib(summary['budget_bytes'])} budget"
-    )
-    return table
-
-
 def verdict(summary: Mapping[str, Any]) -> str:
     need, have = summary["total_bytes"], summary["budget_bytes"]
     if need > have:
         return f"does not fit: needs {gib(need)}, budget {gib(have)}"
-    return f"{'fits, but tightly' if need > 0.9 * have else 'fits'}: needs {gib(need)} of {gib(have)}"
+    # What is spent on speed where there is room makes nothing tight.
+    tight = summary.get("least_bytes", need) > TIGHT * have
+    return f"{'fits, but tightly' if tight else 'fits'}: needs {gib(need)} of {gib(have)}"
+
+
+def rehearsed_text(e: Rehearsed) -> str:
+    memory = f"{gib(e.peak_bytes)} measured, {e.predicted_bytes / 2**30:.2f} predicted"
+    return f"rehearsed the longest step: {memory} ({e.error_percent:+.1f} %), {e.seconds:.1f} s a step"
 
 
 def trained_text(pieces: Sequence[tuple[str, bool]]) -> Text:
@@ -194,6 +164,8 @@ class TrainView:
         match event:
             case Planned():
                 self._planned(event)
+            case Rehearsed():
+                self._line(rehearsed_text(event))
             case Answered():
                 self._answered(event)
             case Scored():

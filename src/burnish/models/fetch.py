@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 
 from burnish.errors import EXIT_FAILED, UserError
 from burnish.models.geometry import spec_from_config
-from burnish.models.spec import ModelSpec, TensorInfo, parse_header, spec_of_parts
+from burnish.models.spec import ModelSpec, TensorInfo, how_to_get, parse_header, spec_of_parts
 
 Hub = Literal["hf", "ms"]
 
@@ -120,14 +120,6 @@ def is_offline() -> bool:
     """As huggingface_hub reads it."""
     said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return said.upper() in ("1", "ON", "YES", "TRUE")
-
-
-def how_to_get(name: str, hub: Hub = "hf") -> str:
-    """The command that downloads OWNER/NAME, and the setting that then names it."""
-    folder = f"~/models/{name.rpartition('/')[2]}"
-    if hub == "ms":
-        return f"modelscope download --model {name} --local_dir {folder}, then model={folder}"
-    return f"hf download {name} --local-dir {folder}, then model={folder}"
 
 
 def _modelscope() -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import cast
 
 from burnish.errors import UserError
-from burnish.models.fetch import Hub, how_to_get, is_offline, remote_facts
+from burnish.models.fetch import Hub, is_offline, remote_facts
 from burnish.models.geometry import published_as, spec_of_geometry
-from burnish.models.spec import ModelSpec, read_spec
+from burnish.models.spec import ModelSpec, how_to_get, read_spec
 from burnish.recipe import Recipe, expand
 
 # A path that begins with `.`, `~` or `/` is never a hub's id.

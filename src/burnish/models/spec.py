@@ -248,10 +248,23 @@ def _window(config: Mapping[str, Any]) -> int | None:
     return int(window) if window and used and not full else None
 
 
+def how_to_get(name: str, hub: str = "hf") -> str:
+    """The command that downloads OWNER/NAME, and the setting that then names it."""
+    folder = f"~/models/{name.rpartition('/')[2]}"
+    if hub == "ms":
+        return f"modelscope download --model {name} --local_dir {folder}, then model={folder}"
+    return f"hf download {name} --local-dir {folder}, then model={folder}"
+
+
 def spec_of(recipe: Recipe) -> ModelSpec:
     """The spec of the recipe's model. Raises UserError where it names none, and as `read_spec` does."""
     if not recipe.model:
         raise UserError("the recipe names no model", "set model=FOLDER")
+    if recipe.model.startswith(("hf:", "ms:")):
+        raise UserError(
+            f"model: {recipe.model} is a hub's id, which is enough to plan; training reads a folder",
+            how_to_get(recipe.model[3:], "ms" if recipe.model.startswith("ms:") else "hf"),
+        )
     return read_spec(expand(recipe.model))
 
 

@@ -145,7 +145,7 @@ def retained_bytes(s: Shape, fit: Fitted, m: Moment, trained: int) -> int:
 
 
 def allocator_part(s: Shape, n_bytes: int) -> tuple[Part, ...]:
-    why = "freed, and not given back" if s.device == "cpu" else "whole pages for weights, libraries' workspace"
+    why = "freed, and not given back" if s.device == "cpu" else "whole pages, and workspace of libraries"
     return (Part("allocator", n_bytes, why),) if n_bytes else ()
 
 
