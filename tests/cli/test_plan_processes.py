@@ -15,7 +15,7 @@ import pytest
 
 import burnish.cli.plan
 from burnish.data.lengths import in_child
-from burnish.errors import EXIT_WILL_NOT_FIT, UserError
+from burnish.errors import EXIT_OUT_OF_MEMORY, EXIT_WILL_NOT_FIT, UserError
 from burnish.machine import rate
 from tests.world import World
 
@@ -66,7 +66,7 @@ DEATHS = {
     "not_there": (None, "not_there"),
     "raises": ("raise RuntimeError('the disk is on fire')", "RuntimeError: the disk is on fire"),
     "silent": ("raise SystemExit(7)", "ended with code 7: it said nothing"),
-    "killed": ("import os\nprint('{', flush=True)\nos.kill(os.getpid(), 9)", "code -9"),
+    "aborted": ("import os\nprint('{', flush=True)\nos.abort()", "code -6"),
     "half": ("print('{\"lengths\": [1, 2')", "ended with code 0"),
     "chatty": ("print('loading')\nimport sys\nsys.exit('no more memory')", "no more memory"),
 }
@@ -85,6 +85,26 @@ def test_a_child_that_dies_is_one_clear_error(
     first, hint = said.err.splitlines()
     assert first.startswith(f"burnish: {name} ended with code ") and says in first
     assert hint.startswith("  → ") and f"-m {name} recipe.yaml train.max_length=60 " in hint
+
+
+def test_a_child_that_the_system_ends_ran_out_of_memory(modules: Path):
+    (modules / "killed.py").write_text("import os\nprint('{', flush=True)\nos.kill(os.getpid(), 9)", "utf-8")
+    with pytest.raises(UserError, match="memory ran out") as raised:
+        in_child("killed", [])
+    assert raised.value.exit_code == EXIT_OUT_OF_MEMORY and "train.max_length" in raised.value.hint
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.valid"])
+def test_data_of_a_hub_is_not_asked_for(world: World, key: str):
+    said = world.burnish("plan", "recipe.yaml", f"{key}=hf:someone/rows", "--json")
+    assert said.code == 0 and json.loads(said.out)["data"].startswith("hf:someone/rows is on a hub")
+
+
+@pytest.mark.parametrize("model", ["hf:Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"])
+def test_a_model_that_is_not_here_cannot_be_measured(world: World, model: str):
+    said = world.burnish("plan", "recipe.yaml", f"model={model}", "--measure")
+    assert said.code == 2 and "--measure needs the model itself" in said.err
+    assert "set model=FOLDER" in said.err
 
 
 def test_in_child_keeps_what_a_person_must_see(modules: Path):

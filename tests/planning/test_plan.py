@@ -196,6 +196,50 @@ def test_what_is_spent_on_speed_is_not_the_least() -> None:
     assert fixed.least_bytes == fixed.total_bytes, "the recipe's own numbers are not the plan's to lower"
 
 
+def test_training_is_estimated_apart_from_answers() -> None:
+    """What is rehearsed, and what MLX's limit is set from, are steps."""
+    stats = DataStats(100, 64, 6400, 6400)
+    long = ("evaluate.task=exact-match", "evaluate.max_new_tokens=30000", "train.batch_size=1")
+    plan = planned(SPEC_14B, recorded.H100, *long, stats=stats)
+    moment = next(p for p in plan.estimate if p.name == "largest moment")
+    assert moment.why.startswith("answering")
+    without = planned(SPEC_14B, recorded.H100, "train.batch_size=1", stats=stats)
+    assert total(plan.training) == without.total_bytes < plan.total_bytes
+
+
+def test_layers_that_are_to_be_kept_leave_room_for_fewer_rows() -> None:
+    stats = DataStats(100, 2048, 100 * 2048, 100 * 2048)
+    card = machine(recorded.H100).gpus[0]
+    small = replace(machine(recorded.H100), gpus=(replace(card, free_bytes=50 * GIB),))
+    asked = ["train.keep_layers=48", "train.pack=false"]
+    plan = make_plan(parse("", "test", asked), SPEC_14B, small, stats)
+    assert plan.fits and plan.micro_batch.value == 1
+
+
+def test_layers_are_counted_from_the_first_adapted_one() -> None:
+    stats = DataStats(100, 2048, 100 * 2048, 100 * 2048)
+    card = machine(recorded.H100).gpus[0]
+    small = replace(machine(recorded.H100), gpus=(replace(card, free_bytes=int(32.5 * GIB)),))
+    plan = make_plan(parse("", "test", ["lora.last_layers=8", "train.micro_batch=1"]), SPEC_14B, small, stats)
+    kept = plan.keep_layers.value
+    assert 0 < kept < 8 and plan.keep_layers.reason.endswith(f"{8 - kept} are recomputed")
+
+
+def test_the_reference_backend_is_planned_in_float64() -> None:
+    plan = planned(SMALL, recorded.CONTAINER, "backend=reference")
+    weights = next(p for p in plan.estimate if p.name == "weights")
+    assert weights.n_bytes == 8 * SMALL.parameters
+
+
+def test_on_a_cpu_a_file_of_another_dtype_lies_beside_the_weights() -> None:
+    base = Shape("cpu", "float32", "float32", "none", 1, LINEARS, (3,), 1, 64, 0, 64, 1.0)
+    large = qwen2(1024, 4, 8, 8, 2816, 32000)  # in bfloat16
+    moment = next(p for p in estimate(large, base) if p.name == "largest moment")
+    assert moment.why.startswith("loading") and moment.n_bytes == large.weight_bytes
+    same = next(p for p in estimate(large, replace(base, weights="bfloat16")) if p.name == "largest moment")
+    assert not same.why.startswith("loading")
+
+
 def test_answers_are_given_side_by_side_as_memory_allows() -> None:
     stats = DataStats(100, 2048, 100 * 2048, 100 * 2048)
     task = "evaluate.task=exact-match"

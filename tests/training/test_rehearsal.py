@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,9 +20,11 @@ from burnish.backends.torch.learner import TorchLearner
 from burnish.data.batches import Batch, Cursor, Example
 from burnish.data.prepare import Part, Prepared
 from burnish.errors import EXIT_BAD_INPUT, EXIT_WILL_NOT_FIT, OutOfMemory, UserError
+from burnish.machine.known import known_machine
+from burnish.models.geometry import spec_of_geometry
 from burnish.models.tokenizer import Tokenizer
-from burnish.planning.plan import Choice, Plan
-from burnish.recipe import load
+from burnish.planning.plan import Choice, Plan, make_plan
+from burnish.recipe import load, parse
 from burnish.runs.events import Rehearsed, Stepped
 from burnish.training import job, rehearsal
 from burnish.training.job import measure, run_job
@@ -263,6 +266,15 @@ def test_where_the_same_training_takes_no_less_the_levers_are_named(tiny_folder:
         hint = ran_out(tight, 1 << 30, 1 << 29, OutOfMemory("out of memory")).hint
         assert "the same training" not in hint and "lora.targets=attention (" in hint
         assert ("train.micro_batch=1" in hint) == (asked == "auto")
+
+
+def test_what_is_named_changes_a_number_where_a_layer_was_ahead() -> None:
+    """A layer ahead of the device is no key of a recipe, and a model that is not here is no way out."""
+    asked = ("backend=mlx", "quantize=4bit", "train.micro_batch=2", "train.keep_layers=0", "train.pack=false")
+    plan = make_plan(parse("", "test", asked), spec_of_geometry("qwen2.5-7b"), known_machine("m2-pro-32gb"))
+    assert plan.ahead.value == 1
+    hint = ran_out(plan, 1 << 30, 1 << 29, OutOfMemory("out of memory")).hint
+    assert re.match(r"set [a-z_.]+=\S+", hint) and "model=" not in hint, hint
 
 
 def test_numbers_that_are_not_finite_end_it_as_a_step_would(world: World) -> None:

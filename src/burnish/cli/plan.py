@@ -42,6 +42,11 @@ def plan_command(name: str, overrides: list[str], asked: Asked) -> None:
             "--measure runs a step of the recipe's own model on this machine",
             "leave out --machine and --model-geometry",
         )
+    if asked.measure and (recipe.model.startswith(HUBS) or not expand(recipe.model).is_dir()):
+        raise UserError(
+            f"--measure needs the model itself, and {recipe.model or 'model:'} is no folder here",
+            "leave out --measure to plan without it, or set model=FOLDER",
+        )
     machine = known_machine(asked.machine) if asked.machine else probe(Path.cwd())
     spec, source = (
         (spec_of_geometry(asked.geometry), f"the published config of {asked.geometry}")
@@ -72,8 +77,9 @@ def _unread(recipe: Recipe) -> str:
     model, data = recipe.model, recipe.data.train
     if not model or model.startswith(HUBS) or not expand(model).exists():
         return "the model's tokenizer is not here, so the data's lengths are not known"
-    if data.startswith(HUBS):
-        return f"{data} is on a hub, so its lengths are not known"
+    hub = next((d for d in (data, recipe.data.valid) if d.startswith(HUBS)), "")
+    if hub:
+        return f"{hub} is on a hub, so its lengths are not known"
     if not data or not expand(data).exists():
         return f"{data or 'data.train'} is not here, so its lengths are not known"
     return ""

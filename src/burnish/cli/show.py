@@ -62,7 +62,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 def rehearsed_text(e: Rehearsed) -> str:
     memory = f"{gib(e.peak_bytes)} measured, {e.predicted_bytes / 2**30:.2f} predicted"
-    return f"rehearsed the longest step: {memory} ({e.error_percent:+.1f} %), {e.seconds:.1f} s a step"
+    return f"rehearsed the longest step: {memory} ({e.error_percent:+.1f} %), {e.seconds:.1f} s"
 
 
 def trained_text(pieces: Sequence[tuple[str, bool]]) -> Text:

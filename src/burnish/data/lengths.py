@@ -16,9 +16,11 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
-from burnish.errors import EXIT_FAILED, UserError
+from burnish.errors import EXIT_FAILED, EXIT_OUT_OF_MEMORY, UserError
 from burnish.machine.child import run_module
 from burnish.planning.choice import DataStats
+
+KILLED = (-9, 137)  # by SIGKILL, as a process sees it and as a shell does
 
 
 def lengths(recipe: str, overrides: Sequence[str]) -> DataStats:
@@ -34,6 +36,12 @@ def in_child(module: str, arguments: Sequence[str]) -> dict[str, Any]:
         told = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
         told = None
+    if done.returncode in KILLED:
+        raise UserError(
+            f"the system ended {module}, most likely because memory ran out",
+            "close other programs, or set a smaller train.max_length",
+            EXIT_OUT_OF_MEMORY,
+        )
     if not isinstance(told, dict):
         why = (done.stderr.strip() or "it said nothing").splitlines()[-1]
         raise UserError(

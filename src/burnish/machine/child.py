@@ -22,7 +22,9 @@ def run_module(
     This very package is found first, however this process came to it, and never the folder that it is run in:
     a file of the user's must not stand in for a module.
     """
-    paths = [str(_PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # Where it is installed it is found anyway, and what lies beside it must not come before Python's own.
+    installed = {"site-packages", "dist-packages"} & set(_PACKAGE.parts)
+    paths = [*([] if installed else [str(_PACKAGE)]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         [sys.executable, "-P", "-m", module, *arguments],
         stdin=subprocess.DEVNULL,

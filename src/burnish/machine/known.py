@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Mapping
 
 from burnish.errors import UserError
-from burnish.machine.probe import MIB, PACKAGES, Gpu, Machine, _apple_gpu_bfloat16
+from burnish.machine.probe import MIB, PACKAGES, Gpu, Machine, apple_gpu_bfloat16
 
 GIB = 1 << 30
 # What macOS itself takes after start-up: wired memory of about 2 GiB, then the window server and some four
@@ -58,7 +58,7 @@ def _mac(chip: str, ram_gib: int, cores: int) -> Machine:
         free_disk_bytes=_FREE_DISK_BYTES,
         unified=True,
         cpu_bfloat16=not chip.startswith("Apple M1"),  # sysctl hw.optional.arm.FEAT_BF16: M2 and later
-        gpu_bfloat16=_apple_gpu_bfloat16(chip),
+        gpu_bfloat16=apple_gpu_bfloat16(chip),
         gpus=(Gpu(chip, "metal", ram, free),),
         versions=_versions({}),
     )

@@ -150,7 +150,7 @@ def probe(folder: Path, system: System | None = None) -> Machine:
     arch = "arm64" if mac and _sysctl(ask, "sysctl.proc_translated") == "1" else python_arch
     chip = _chip(ask, name) or seen_arch
     if mac and python_arch == "arm64":
-        gpus, unified, gpu_bfloat16 = (Gpu(chip, "metal", total, available),), True, _apple_gpu_bfloat16(chip)
+        gpus, unified, gpu_bfloat16 = (Gpu(chip, "metal", total, available),), True, apple_gpu_bfloat16(chip)
     else:
         gpus, unified, gpu_bfloat16 = _nvidia(ask, total, available)
     return Machine(
@@ -196,7 +196,7 @@ def _cpu_bfloat16(ask: System, name: str) -> bool:
     return found is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(found[1].split())
 
 
-def _apple_gpu_bfloat16(chip: str) -> bool:
+def apple_gpu_bfloat16(chip: str) -> bool:
     """GPU family Apple9 has it: M3 and A17 Pro, and later. Before them Metal emulates it."""
     found = re.search(r"\bApple ([MA])(\d+)", chip)
     return found is not None and int(found[2]) >= {"M": 3, "A": 17}[found[1]]

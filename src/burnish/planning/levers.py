@@ -35,11 +35,11 @@ from burnish.planning.choice import Choice
 from burnish.planning.engine import MLX_FAMILIES, MLX_PACKAGES
 from burnish.planning.layout import BUCKET, largest
 from burnish.planning.memory import trained_layers
+from burnish.planning.memory_mlx import LEAST_SLICE
 from burnish.planning.plan import Plan, parts_of
 
 # The longest row that `room` looks for where the model has more positions.
 MOST_LENGTH = 131072
-LEAST_SLICE = 64  # rows at which the head's product still runs at full speed
 MOST_ROOM = 3
 # A change that is not enough alone is named where it takes away so large a share of what is too much.
 NOTABLE = 0.1

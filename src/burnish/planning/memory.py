@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from burnish.models.spec import ModelSpec
 from burnish.planning.fitted import FITTED, Fitted
 
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 QUANTIZED_BYTES_PER_WEIGHT = {
     "4bit": 0.5 + 4 / 64
 }  # NF4: half a byte, and one float32 scale for each 64 weights
@@ -74,12 +74,15 @@ class Moment:
 def estimate(spec: ModelSpec, s: Shape) -> tuple[Part, ...]:
     fit = FITTED["torch", s.device]
     adapter, trained = adapter_parameters(spec, s), trained_layers(spec, s)
-    narrow = 0 if s.compute == "float32" else 2 * adapter  # a copy in the dtype that is computed in
+    narrow = 2 * adapter if s.compute == "bfloat16" else 0  # a copy in the dtype that is computed in
     work = layer_work(spec, s, fit)
-    top = work if s.keep_layers == 0 else round(fit.kept_work * work)
+    top = work if s.keep_layers == 0 else layer_work(spec, s, fit, fit.kept_work)
     loss = loss_slice_bytes(spec, s, fit)
     largest = peak(spec, s, layer_activation_bytes(spec, s), work, top, loss, 0)
-    beyond = rounding_bytes(spec, s) + fit.workspace_bytes + retained_bytes(s, fit, largest, trained)
+    retained, loading = retained_bytes(s, fit, largest, trained), loading_bytes(spec, s)
+    if loading > largest.n_bytes + retained:
+        largest, retained = Moment("loading", work=loading), 0
+    beyond = rounding_bytes(spec, s) + fit.workspace_bytes + retained
     return (
         Part(
             "weights",
@@ -100,13 +103,20 @@ def estimate(spec: ModelSpec, s: Shape) -> tuple[Part, ...]:
 
 
 def peak(
-    spec: ModelSpec, s: Shape, activations: int, work: int, kept_work: int, loss: int, update: int
+    spec: ModelSpec,
+    s: Shape,
+    activations: int,
+    work: int,
+    kept_work: int,
+    loss: int,
+    update: int,
 ) -> Moment:
     """The largest moment of a step, or of answering.
 
     activations: bytes that one kept layer keeps. work: of one recomputed layer's backward pass; kept_work: of
     the last layer's, kept or not. Inputs go and gradients come as the backward pass walks down, so either
     end may be the larger one. From a step's second micro-batch on all gradients are there throughout.
+    Validation is a step's forward pass with nothing kept, and so never the largest.
     """
     trained = trained_layers(spec, s)
     kept = min(s.keep_layers, trained)
@@ -190,6 +200,12 @@ def rounding_bytes(spec: ModelSpec, s: Shape) -> int:
     return sum(beyond(name, t.shape) for name, t in spec.tensors.items())
 
 
+def loading_bytes(spec: ModelSpec, s: Shape) -> int:
+    """On a CPU the file is resident beside the weights made of it, where their dtypes differ."""
+    copied = s.device == "cpu" and s.quantize == "none" and spec.weight_bytes != weight_bytes(spec, s)
+    return spec.weight_bytes if copied else 0
+
+
 def adapter_parameters(spec: ModelSpec, s: Shape) -> int:
     """A and B of every adapted projection: rank × (in + out)."""
     per_layer = sum(
@@ -214,8 +230,9 @@ def layer_activation_bytes(spec: ModelSpec, s: Shape) -> int:
     return per_token * s.micro_batch * s.length + scores
 
 
-def layer_work(spec: ModelSpec, s: Shape, fit: Fitted) -> int:
-    """A layer that runs forward again and backward: its activations, and the gradients among them.
+def layer_work(spec: ModelSpec, s: Shape, fit: Fitted, share: float = 1.0) -> int:
+    """A layer that runs forward again and backward: its activations, and the gradients among them. share: of
+    that, for a layer whose activations are kept.
 
     Where the base is held narrower than computed in, weights are widened one at a time.
     """
@@ -223,7 +240,8 @@ def layer_work(spec: ModelSpec, s: Shape, fit: Fitted) -> int:
     narrow = s.quantize != "none" or s.weights != s.compute
     widened = round(fit.widened * widest) * ELEMENT_BYTES[s.compute] if narrow else 0
     scores = 4 * 4 * spec.n_heads * s.micro_batch * s.length**2 if s.device == "mps" else 0
-    return work_values(spec, s, fit) * ELEMENT_BYTES[s.compute] + widened + scores
+    values = round(share * work_values(spec, s, fit))
+    return values * ELEMENT_BYTES[s.compute] + widened + scores
 
 
 def work_values(spec: ModelSpec, s: Shape, fit: Fitted) -> int:

@@ -28,8 +28,16 @@ from burnish.planning.engine import (
     choose_quantize,
 )
 from burnish.planning.layout import largest, lay_out
-from burnish.planning.memory import ANSWERS_AT_ONCE, ELEMENT_BYTES, Part, Shape, estimate, total
-from burnish.planning.memory_mlx import estimate_mlx
+from burnish.planning.memory import (
+    ANSWERS_AT_ONCE,
+    ELEMENT_BYTES,
+    Part,
+    Shape,
+    estimate,
+    total,
+    trained_layers,
+)
+from burnish.planning.memory_mlx import LEAST_SLICE, estimate_mlx
 from burnish.recipe import Recipe
 
 # Logits of one slice, float32: small enough to be nothing beside a layer, large enough that the head's matrix
@@ -71,6 +79,12 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         return total(self.estimate)
+
+    @property
+    def training(self) -> tuple[Part, ...]:
+        """The estimate of steps alone: `estimate` is of answering, where that takes more."""
+        steps = replace(self.shape, prompt_tokens=0, answer_tokens=0)
+        return parts_of(self.backend.value, self.spec)(steps)
 
     @property
     def fits(self) -> bool:
@@ -124,9 +138,10 @@ def make_plan(recipe: Recipe, spec: ModelSpec, machine: Machine, stats: DataStat
     budget = choose_budget(device.value, machine)
     parts = parts_of(backend.value, spec)
     share = 1.0 if recipe.data.loss_on == "all" or stats is None else stats.trained / max(stats.tokens, 1)
+    asked = recipe.train.keep_layers
     shape = Shape(
         device.value, weights.value, compute.value, quantize.value, recipe.lora.rank, targets.value,
-        layers.value, 1, length.value, 0, loss_slice.value, share,
+        layers.value, 1, length.value, 0 if asked == "auto" else asked, loss_slice.value, share,
         cache_bits=recipe.generation.cache_bits or 0,
     )  # fmt: skip
 
@@ -142,7 +157,7 @@ def make_plan(recipe: Recipe, spec: ModelSpec, machine: Machine, stats: DataStat
     layout = lay_out(recipe.train, device.value, backend.value, length.value, stats, fits, alone)
     rows = layout.micro_batch.value
     shape = replace(shape, micro_batch=rows, length=layout.planned, passes=-(-layout.step_rows // rows))
-    keep = _keep_layers(recipe, spec, lambda k: has_room(keep_layers=k))
+    keep = _keep_layers(recipe, spec, trained_layers(spec, shape), lambda k: has_room(keep_layers=k))
     shape = replace(shape, keep_layers=keep.value)
     ahead = _ahead(backend.value, device.value, lambda n: has_room(ahead=n))
     shape = replace(shape, ahead=ahead.value)
@@ -157,6 +172,8 @@ def make_plan(recipe: Recipe, spec: ModelSpec, machine: Machine, stats: DataStat
 
 def parts_of(backend: str, spec: ModelSpec) -> Parts:
     """The estimate of a backend, as a function of a shape."""
+    if backend == "reference":  # NumPy in float64, whatever it is asked for
+        return lambda s: estimate(spec, replace(s, weights="float64", compute="float64"))
     return partial(estimate_mlx if backend == "mlx" else estimate, spec)
 
 
@@ -217,14 +234,17 @@ def _length(recipe: Recipe, spec: ModelSpec, stats: DataStats | None) -> Choice[
 def _loss_slice(spec: ModelSpec, backend: str, compute: str) -> Choice[int]:
     if backend == "mlx":
         rows = MLX_SLICE_BYTES // (ELEMENT_BYTES[compute] * spec.vocab_size)
-        rows = min(MLX_SLICE_MOST, max(64, rows // 64 * 64))
+        rows = min(MLX_SLICE_MOST, max(LEAST_SLICE, rows // LEAST_SLICE * LEAST_SLICE))
         return Choice(rows, f"{rows} tokens × {spec.vocab_size} words of {compute} logits at a time")
     rows = LOSS_SLICE_BYTES // (4 * spec.vocab_size)
-    rows = max(64, rows // 64 * 64)
+    rows = max(LEAST_SLICE, rows // LEAST_SLICE * LEAST_SLICE)
     return Choice(rows, f"{rows} tokens × {spec.vocab_size} words of float32 logits at a time")
 
 
-def _keep_layers(recipe: Recipe, spec: ModelSpec, fits: Callable[[int], bool]) -> Choice[int]:
+def _keep_layers(
+    recipe: Recipe, spec: ModelSpec, trained: int, fits: Callable[[int], bool]
+) -> Choice[int]:
+    """trained: layers from the first adapted one on; those below it keep nothing anyway."""
     asked = recipe.train.keep_layers
     if asked != "auto":
         if asked > spec.n_layers:
@@ -233,10 +253,10 @@ def _keep_layers(recipe: Recipe, spec: ModelSpec, fits: Callable[[int], bool]) -
                 f"set train.keep_layers to at most {spec.n_layers}, or to auto",
             )
         return Choice(asked, "as the recipe says")
-    n = largest(spec.n_layers, fits, 0)
-    if n == spec.n_layers:
-        return Choice(n, "memory allows every layer's activations, so none is recomputed")
-    return Choice(n, f"memory allows the activations of {n} layers; {spec.n_layers - n} are recomputed")
+    if fits(spec.n_layers):  # asked first: on a CPU all may take less than all but one
+        return Choice(spec.n_layers, "memory allows every layer's activations, so none is recomputed")
+    n = largest(trained - 1, fits, 0)
+    return Choice(n, f"memory allows the activations of {n} layers; {trained - n} are recomputed")
 
 
 def _ahead(backend: str, device: str, fits: Callable[[int], bool]) -> Choice[int]:

@@ -43,8 +43,8 @@ def rehearse(plan: Plan, learner: Learner, prepared: Prepared) -> Rehearsed:
 
 
 def predicted_bytes(plan: Plan) -> int:
-    """Of the estimate, what can be measured: a GPU's counters do not see the framework's own part."""
-    seen = [p for p in plan.estimate if plan.device.value == "cpu" or p.name != "framework"]
+    """What can be measured of the estimate of steps: a GPU's counters do not see the framework's own part."""
+    seen = [p for p in plan.training if plan.device.value == "cpu" or p.name != "framework"]
     return sum(p.n_bytes for p in seen)
 
 

@@ -10,14 +10,16 @@ from burnish.planning.plan import Plan, make_plan
 
 # What a plan that ran out of memory is taken to need beyond its estimate, and how many changes are named.
 MISSED, NAMED = 0.1, 3
+SMALLER = "take a smaller model, or a smaller train.max_length"
 
 
 def too_large(plan: Plan) -> UserError:
     """By the estimate."""
+    ways = _ways(plan, [])
     return UserError(
         f"this needs {plan.total_bytes / 2**30:.1f} GiB and {plan.budget.value / 2**30:.1f} GiB "
         f"are there ({plan.budget.reason})",
-        f"burnish plan   shows the parts; {_smaller(plan)}",
+        f"burnish plan RECIPE   shows the parts; {f'set {ways[0]}' if ways else SMALLER}",
         EXIT_WILL_NOT_FIT,
     )
 
@@ -37,20 +39,29 @@ def _less(plan: Plan) -> str:
 
     Numbers that are `auto` are written down: on a machine that seems to have room they would fill it again.
     """
-    least, written = plan, _written(plan, plan)
-    while not written.fits and (smaller := cheaper(least)) is not None:
+    least, written, begun = plan, _written(plan, plan), _numbers(plan, plan)
+    # A layer that waits and answers side by side are no keys of a recipe: what is typed must change a number.
+    while not (written.fits and _numbers(plan, least) != begun) and (smaller := cheaper(least)) is not None:
         least, written = smaller, _written(plan, smaller)
     numbers, asked = _numbers(plan, least), plan.recipe.train
     typed = [f"train.{k}={str(v).lower()}" for k, v in numbers.items() if getattr(asked, k) != v]
     same = f"{' '.join(typed)} (the same training; {written.total_bytes / 2**30:.2f} GiB)"
-    if written.fits:
+    changes = numbers != begun
+    if written.fits and changes:
         return f"set {same}"
-    ways = [same] if numbers != _numbers(plan, plan) else []
-    ways += [
+    ways = ([same] if changes else []) + _ways(written, typed)
+    return f"set {'; or '.join(ways)}" if ways else SMALLER
+
+
+def _ways(plan: Plan, typed: list[str]) -> list[str]:
+    """The changes that would make `plan` fit, each with what is `typed` already. Not a smaller model: it
+    would have to be here.
+    """
+    found = [v for v in levers(plan) if v.fits and not any(o.startswith("model=") for o in v.overrides)]
+    return [
         f"{' '.join([*typed, *lever.overrides])} ({lever.cost}; {lever.total_bytes / 2**30:.2f} GiB)"
-        for lever in [lever for lever in levers(written) if lever.fits][:NAMED]
+        for lever in found[:NAMED]
     ]
-    return f"set {'; or '.join(ways)}" if ways else _smaller(plan)
 
 
 def _written(plan: Plan, numbers: Plan) -> Plan:
@@ -74,10 +85,3 @@ def _numbers(plan: Plan, numbers: Plan) -> dict[str, int | bool]:
     }  # fmt: skip
     return found | ({"pack": plan.pack.value} if plan.recipe.train.pack == "auto" else {})
 
-
-def _smaller(plan: Plan) -> str:
-    if plan.keep_layers.value and plan.recipe.train.keep_layers != "auto":
-        return "set train.keep_layers=0"
-    if plan.micro_batch.value > 1:
-        return "set train.micro_batch=1"
-    return "try a smaller train.max_length, quantize=4bit, lora.targets=attention, or a smaller model"
