@@ -13,7 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from burnish.errors import UserError
+from burnish.machine.known import known_machine
 from burnish.machine.probe import Machine, probe
+from burnish.models.geometry import spec_of_geometry
 from burnish.models.quantized import Quantization
 from burnish.models.spec import ModelSpec, TensorInfo, linears_of
 from burnish.planning.changes import LEAST_LENGTH, shortened
@@ -287,9 +289,19 @@ def test_rows_keep_half_of_their_length_before_bits_are_kept() -> None:
     small = with_memory(MACHINES["m2-pro-32"], 4 * GIB)
     quarter = planned(small, *asked, "train.max_length=2048", "quantize=8bit").total_bytes
     plan = planned(with_budget("m2-pro-32", quarter + GIB // 8), *asked)
-    several = next(v for v in levers(plan) if not is_single(v))
+    several = next(v for v in levers(plan) if not is_single(v) and "model=" not in " ".join(v.overrides))
     assert several.overrides[0] == "quantize=4bit"
     assert int(several.overrides[1].split("=")[1]) >= 4096
+
+
+def test_a_smaller_model_in_fewer_bits_comes_before_what_leaves_little_of_the_training() -> None:
+    """14B on 16 GB: 128 tokens and half of the layers would fit, and so do 7B in 4 bits."""
+    recipe = load("medical-r1-14b")
+    found = levers(make_plan(recipe, spec_of_geometry("r1-distill-qwen-14b"), known_machine("m1-16gb")))
+    fitting = [" ".join(v.overrides) for v in found if v.fits]
+    assert fitting[0] == "quantize=4bit model=qwen2-7b"
+    assert any("train.max_length=" in words for words in fitting[1:])
+    assert all(v.least_bytes <= v.total_bytes for v in found)
 
 
 def test_what_was_fixed_and_four_bits_together_and_nothing_that_is_not_needed() -> None:

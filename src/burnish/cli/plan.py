@@ -15,7 +15,7 @@ from burnish.errors import EXIT_WILL_NOT_FIT, UserError
 from burnish.machine.known import known_machine
 from burnish.machine.probe import Machine, probe
 from burnish.machine.rate import Rate, measured_rate, published_rate
-from burnish.models.geometry import spec_of_geometry
+from burnish.models.geometry import published_as, spec_of_geometry
 from burnish.models.source import find_spec
 from burnish.planning.duration import duration
 from burnish.planning.levers import Lever, levers, room
@@ -24,6 +24,7 @@ from burnish.recipe import Recipe, expand, load
 from burnish.training.environment import prepare_environment
 
 HUBS = ("hf:", "ms:")
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -47,10 +48,10 @@ def plan_command(name: str, overrides: list[str], asked: Asked) -> None:
             f"--measure needs the model itself, and {recipe.model or 'model:'} is no folder here",
             "leave out --measure to plan without it, or set model=FOLDER",
         )
-    machine = known_machine(asked.machine) if asked.machine else probe(Path.cwd())
+    machine = known_machine(asked.machine) if asked.machine is not None else probe(Path.cwd())
     spec, source = (
-        (spec_of_geometry(asked.geometry), f"the published config of {asked.geometry}")
-        if asked.geometry
+        (spec_of_geometry(asked.geometry), f"the published config of {_named(asked.geometry)}")
+        if asked.geometry is not None
         else find_spec(recipe)
     )
     plan = make_plan(recipe, spec, machine)  # refuses an impossible recipe before the data is read
@@ -68,6 +69,11 @@ def plan_command(name: str, overrides: list[str], asked: Asked) -> None:
         show_plan(plan, summary)
     if not plan.fits:
         raise typer.Exit(EXIT_WILL_NOT_FIT)
+
+
+def _named(geometry: str) -> str:
+    model = published_as(geometry)
+    return model.hub_id if model else geometry
 
 
 def _unread(recipe: Recipe) -> str:

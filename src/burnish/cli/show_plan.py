@@ -68,10 +68,11 @@ def memory_table(summary: Mapping[str, Any]) -> Table:
     for part in summary["estimate"]:
         bar = "█" * round(_BAR * part["bytes"] / whole)
         table.add_row(part["part"], f"{part['bytes'] / 2**30:.2f}", bar, part["why"])
-    free = max(0, summary["budget_bytes"] - summary["total_bytes"])
+    over = summary["total_bytes"] - summary["budget_bytes"]
+    left = f"{gib(over)} too much" if over > 0 else f"{gib(-over)} free"
     table.add_row(
         "total", f"{summary['total_bytes'] / 2**30:.2f}", "",
-        f"of {gib(summary['budget_bytes'])} budget; {gib(free)} free",
+        f"of {gib(summary['budget_bytes'])} budget; {left}",
     )  # fmt: skip
     return table
 
@@ -85,15 +86,19 @@ def measured_line(measured: Mapping[str, Any]) -> str:
 def time_lines(summary: Mapping[str, Any]) -> list[str]:
     time, rate = summary.get("time"), summary.get("rate")
     if not time or not rate:
-        return ["time: not known; this device's rate could not be measured, and none is published"]
+        return ["time: not known; no rate of this device is measured, and none is published"]
     said = "predicted" if not rate["measured"] else "predicted from this machine's rate"
     between = f"({time['low']:.0f} to {time['high']:.0f})"
     line = f"time, {said}: {time['tokens_per_s']:.0f} tokens/s {between}"
-    if time["seconds"]:
+    steps = summary["choices"].get("steps", {}).get("value")
+    whole, about = time["seconds"], "about"
+    if not whole and time["step_seconds"] and steps:  # of the longest rows allowed
+        whole, about = steps * time["step_seconds"], "at most about"
+    if whole:
         spread = time["tokens_per_s"] / time["low"]
-        least, most = time["seconds"] / spread, time["seconds"] * spread
-        line += f", about {duration(time['seconds'])} in all ({duration(least)} to {duration(most)})"
-    return [line, f"  {rate['source']}"]
+        least, most = whole / spread, whole * spread
+        line += f"; {about} {duration(whole)} of steps ({duration(least)} to {duration(most)})"
+    return [line, f"  {rate['source']}", f"  {time['why'].removeprefix(rate['source'] + '; ')}"]
 
 
 def why(plan: Plan, summary: Mapping[str, Any]) -> str:
@@ -134,4 +139,7 @@ def lever_lines(summary: Mapping[str, Any]) -> list[str]:
 
 def _lever(lever: Mapping[str, Any]) -> str:
     same = "" if lever["changes_result"] else "; the same training"
-    return f"  {' '.join(lever['overrides'])}   {gib(lever['total_bytes'])}: {lever['cost']}{same}"
+    need = gib(lever["total_bytes"])
+    if lever["least_bytes"] < 0.99 * lever["total_bytes"]:
+        need += f" (least {gib(lever['least_bytes'])})"
+    return f"  {' '.join(lever['overrides'])}   {need}: {lever['cost']}{same}"

@@ -49,6 +49,7 @@ NOTABLE = 0.1
 class Lever:
     overrides: tuple[str, ...]  # as typed: 'train.max_length=1024'
     total_bytes: int  # of the plan that follows
+    least_bytes: int  # of it, with nothing spent on speed
     fits: bool
     cost: str  # in a plain sentence
     changes_result: bool  # of training; False: the same numbers, but for rounding
@@ -75,10 +76,13 @@ def levers(plan: Plan) -> tuple[Lever, ...]:
     ]
     found = [lever for _, lever in alone]
     settings = [step for steps, _ in fixed for step in steps]
+    models, together = smaller_models(plan), []
     if not any(lever.fits for lever in found):
-        found += _first_fitting(plan, _together(plan, settings))
-    models = smaller_models(plan)
-    found += _first_fitting(plan, ([model] for model in models))
+        together = _first_fitting(plan, _together(plan, settings))
+    # Before a few changes at once, which may leave little of the training: a smaller model in fewer bits.
+    packed = _first_fitting(plan, _packed_smaller(plan, models))
+    smaller = _first_fitting(plan, ([model] for model in models))
+    found += [v for v in packed if [v.overrides] != [s.overrides for s in smaller]] + smaller + together
     if not any(lever.fits for lever in found):
         found += _first_fitting(plan, _together_smaller(plan, settings, models))
     return tuple(found)
@@ -128,6 +132,14 @@ def _together(plan: Plan, fixed: Sequence[Step]) -> Iterator[list[Step]]:
         yield from (_found(plan, base, rows) for base in bases if base)
         if layers_too:
             yield _found(plan, [*bases[-1], *rows[:1]], fewer_layers(plan))
+
+
+def _packed_smaller(plan: Plan, models: Sequence[Step]) -> Iterator[list[Step]]:
+    """Smaller models, the largest first, each in as many bits as will do; none where the bits alone do."""
+    bits = fewer_bits(plan)
+    if any(_enough(plan, [b]) for b in bits):
+        return
+    yield from ([b, model] for model in models for b in bits)
 
 
 def _together_smaller(plan: Plan, fixed: Sequence[Step], models: Sequence[Step]) -> Iterator[list[Step]]:
@@ -193,7 +205,7 @@ def _lever(plan: Plan, steps: Sequence[Step]) -> Lever | None:
 def _as_lever(plan: Plan, new: Plan, steps: Sequence[Step], cost: str) -> Lever:
     typed = tuple(f"{key}={value}" for step in steps for key, value in step.change.items())
     cost = "; ".join([*_to_install(plan, new), cost])
-    return Lever(typed, new.total_bytes, new.fits, cost, _another_result(plan, new))
+    return Lever(typed, new.total_bytes, new.least_bytes, new.fits, cost, _another_result(plan, new))
 
 
 def _to_install(plan: Plan, new: Plan) -> list[str]:

@@ -84,4 +84,3 @@ def _numbers(plan: Plan, numbers: Plan) -> dict[str, int | bool]:
         "micro_batch": numbers.micro_batch.value, "keep_layers": numbers.keep_layers.value
     }  # fmt: skip
     return found | ({"pack": plan.pack.value} if plan.recipe.train.pack == "auto" else {})
-
