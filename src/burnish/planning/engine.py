@@ -99,7 +99,8 @@ def choose_device(recipe: Recipe, backend: str, machine: Machine) -> Choice[str]
         if not have[device]:
             there = ", ".join(d for d, yes in have.items() if yes)
             raise UserError(
-                f"device: {recipe.device} is not on this machine; there is: {there}", "burnish doctor   shows what this machine has; device=auto takes it"
+                f"device: {recipe.device} is not on this machine; there is: {there}",
+                "burnish doctor   shows what this machine has; device=auto takes it",
             )
         said = "" if device == recipe.device else f": {backend} calls the Apple GPU {device}"
         return Choice(device, f"as the recipe says{said}")
