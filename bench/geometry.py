@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from burnish.machine.probe import probe
-from burnish.models.spec import ModelSpec, TensorInfo, linears_of
+from burnish.models.geometry import spec_from_config
+from burnish.models.spec import ModelSpec
 from burnish.planning.engine import MARGIN
 from burnish.planning.plan import DataStats, Plan, make_plan
 from burnish.recipe import parse
@@ -96,26 +97,13 @@ def plan_for(name: str, length: int, overrides: list[str], budget_bytes: int = 0
 
 def spec(name: str) -> ModelSpec:
     hidden, layers, heads, kv, inner, words = QWEN2[name]
-    narrow = kv * hidden // heads
-    linears = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (narrow, hidden),
-        "self_attn.v_proj": (narrow, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    layer = {f"{k}.weight": shape for k, shape in linears.items()}
-    layer |= {f"self_attn.{k}_proj.bias": (linears[f"self_attn.{k}_proj"][0],) for k in "qkv"}
-    layer |= {f"{k}_layernorm.weight": (hidden,) for k in ("input", "post_attention")}
-    shapes = {"model.embed_tokens.weight": (words, hidden), "lm_head.weight": (words, hidden)}
-    shapes |= {"model.norm.weight": (hidden,)}
-    shapes |= {f"model.layers.{i}.{k}": shape for i in range(layers) for k, shape in layer.items()}
-    tensors = {k: TensorInfo("BF16", shape, "random") for k, shape in shapes.items()}
-    return ModelSpec(
-        Path("random"), "qwen2", "Qwen2ForCausalLM", layers, hidden, inner, heads, kv, hidden // heads, words,
-        131072, False, (), tensors, linears_of(tensors),
+    return spec_from_config(
+        {
+            "model_type": "qwen2", "hidden_size": hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv, "intermediate_size": inner,
+            "vocab_size": words, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+        },
+        Path("random"),
     )  # fmt: skip
 
 

@@ -3,7 +3,9 @@
     python bench/memory_fit.py            # how well src/burnish/planning/fitted.py does
     python bench/memory_fit.py --fit      # what would do best on the rows marked for fitting
 
-Every second configuration of a file is for fitting, the others only judge: both halves are reported. A
+`--fit` uses every second configuration of a file, and the others only judge: both halves are reported. The
+constants that stand were set by hand, those of a GPU on an earlier call's rows, those of a CPU on these; rows
+marked `new` are of configurations that had not been measured by then, and the only ones never seen. A
 prediction is made from what is known before a run: the case's own text, the spec, the plan's choices. On a
 GPU the framework's part is left out on both sides, since its counter does not see it.
 """
@@ -106,12 +108,13 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--folders", type=Path, nargs="+", default=[Path(".cache")], help="the CPU's models")
     a = parser.parse_args()
-    halves: dict[str, list[float]] = {"fitted on": [], "held out": []}
+    halves: dict[str, list[float]] = {"fitting half": [], "other half": [], "never seen": []}
     for backend, device in (("torch", "cuda"), ("mlx", "cuda"), ("torch", "cpu"), ("mlx", "cpu")):
         rows = [(r, s) for r in rows_of(backend, device) if (s := spec_of(r, a.folders)) is not None]
-        parts = {"fitted on": rows[::2], "held out": rows[1::2]}
+        parts = {"fitting half": rows[::2], "other half": rows[1::2]}
+        parts |= {"never seen": [pair for pair in rows if pair[0].get("new")]}
         if a.fit and rows:
-            FITTED[backend, device] = fitted(backend, device, parts["fitted on"])
+            FITTED[backend, device] = fitted(backend, device, parts["fitting half"])
             print(FITTED[backend, device])
         for (row, _), error in zip(rows, errors(rows), strict=True):
             print(f"  {backend} {device} {row['case']:<40} {row['peak_bytes'] / 2**30:7.2f} GiB {error:+.1%}")

@@ -1,4 +1,4 @@
-"""The errors that cross a room's door.
+"""The errors that cross a room's door, and what a person is told of each.
 
 `UserError` is for people: a sentence, a hint, an exit code; the command line prints it without a traceback.
 The other three are all that a backend raises on purpose (docs/DESIGN.md, the interface), so that recovery can
@@ -60,3 +60,29 @@ class Unsupported(Exception):
     ) -> None:
         super().__init__(message)
         self.kind, self.hint = kind, hint
+
+
+def in_words(error: Exception) -> UserError | None:
+    """What a person is told of an error that was raised on purpose; None where it is a defect of ours and
+    deserves its traceback.
+    """
+    match error:
+        case UserError():
+            return error
+        case OutOfMemory():
+            return UserError(
+                f"memory ran out: {str(error).splitlines()[0]}",
+                "begin again with train.micro_batch=1, train.keep_layers=0 or a smaller train.max_length, "
+                "and --out DIR",
+                EXIT_OUT_OF_MEMORY,
+            )
+        case NonFinite():
+            return UserError(
+                f"the numbers left the finite range: {error}; nothing was updated by that step",
+                "set a smaller train.lr or dtype=float32, then begin again with --out DIR",
+                EXIT_FAILED,
+            )
+        case Unsupported():
+            usual = "set backend=torch" if error.kind == "model" else "try dtype=float32 or device=cpu"
+            return UserError(f"this backend cannot do it: {error}", error.hint or usual, EXIT_FAILED)
+    return None

@@ -194,6 +194,11 @@ class Recipe(Section):
     trackers: tuple[Tracker, ...] = ()
 
 
+def is_hub_id(value: str) -> bool:
+    """`hf:…` and `ms:…` name a model or a data set of a hub, not a path."""
+    return value.startswith(("hf:", "ms:"))
+
+
 def expand(path: str) -> Path:
     """An absolute path, `~` expanded."""
     try:

@@ -203,7 +203,7 @@ def refuse(*_: object, **__: object) -> Any:
 
 def test_another_machine_and_model_need_nothing_of_this_one(world: World, monkeypatch: pytest.MonkeyPatch):
     """No model folder, no data, no network, no child process, no look at this machine."""
-    for name in ("probe", "find_spec", "lengths", "in_child", "measured_rate"):
+    for name in ("probe", "find_spec", "lengths", "ask", "measured_rate"):
         monkeypatch.setattr(burnish.cli.plan, name, refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(subprocess, "Popen", refuse)
@@ -340,7 +340,7 @@ def test_one_part_that_is_all_fills_the_column():
 def test_measure_is_of_this_machine_and_the_recipes_model(
     world: World, option: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(burnish.cli.plan, "in_child", refuse)
+    monkeypatch.setattr(burnish.cli.plan, "ask", refuse)
     said = world.burnish("plan", "recipe.yaml", "--measure", *option)
     assert (said.code, said.out) == (EXIT_BAD_INPUT, "")
     assert "--measure" in said.err and "\n  → leave out --machine and --model-geometry" in said.err
@@ -356,7 +356,7 @@ def test_measure_runs_the_longest_step(world: World, monkeypatch: pytest.MonkeyP
     assert expected == found["total_bytes"], "on a CPU all of the estimate can be measured"
     assert told["error_percent"] == pytest.approx(100 * (expected - peak) / peak)
     assert told["seconds"] > 0
-    monkeypatch.setattr(burnish.cli.plan, "in_child", lambda *_: {"measured": told})
+    monkeypatch.setattr(burnish.cli.plan, "ask", lambda *_: {"measured": told})
     (line,) = [line for line in text(world, "--measure").splitlines() if line.startswith("measured: ")]
     assert line.startswith(f"measured: {gib(peak)} in the longest step, {gib(expected)} predicted (")
     assert f"({told['error_percent']:+.1f} %)" in line

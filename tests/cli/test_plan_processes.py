@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import burnish.cli.plan
-from burnish.data.lengths import in_child
 from burnish.errors import EXIT_OUT_OF_MEMORY, EXIT_WILL_NOT_FIT, UserError
 from burnish.machine import rate
+from burnish.machine.child import ask
 from tests.world import World
 
 FRAMEWORKS = {"torch", "mlx", "mlx_lm", "transformers", "peft", "numpy", "safetensors", "tokenizers"}
@@ -79,7 +79,7 @@ def test_a_child_that_dies_is_one_clear_error(
     script, says = DEATHS[name]
     if script is not None:
         (modules / f"{name}.py").write_text(script, encoding="utf-8")
-    monkeypatch.setattr(burnish.cli.plan, "lengths", lambda recipe, more: in_child(name, [recipe, *more]))
+    monkeypatch.setattr(burnish.cli.plan, "lengths", lambda recipe, more: ask(name, [recipe, *more]))
     said = world.burnish("plan", "recipe.yaml", "train.max_length=60", "--json")
     assert said.code in (1, 2) and said.out == ""
     first, hint = said.err.splitlines()
@@ -90,7 +90,7 @@ def test_a_child_that_dies_is_one_clear_error(
 def test_a_child_that_the_system_ends_ran_out_of_memory(modules: Path):
     (modules / "killed.py").write_text("import os\nprint('{', flush=True)\nos.kill(os.getpid(), 9)", "utf-8")
     with pytest.raises(UserError, match="memory ran out") as raised:
-        in_child("killed", [])
+        ask("killed", [])
     assert raised.value.exit_code == EXIT_OUT_OF_MEMORY and "train.max_length" in raised.value.hint
 
 
@@ -107,7 +107,7 @@ def test_a_model_that_is_not_here_cannot_be_measured(world: World, model: str):
     assert "set model=FOLDER" in said.err
 
 
-def test_in_child_keeps_what_a_person_must_see(modules: Path):
+def test_ask_keeps_what_a_person_must_see(modules: Path):
     """All lines of an error, its hint and its code, whatever else was printed; arguments as they were."""
     (modules / "fails.py").write_text(
         "import json, sys\nprint('Loading ██████ 100%')\nprint('a warning', file=sys.stderr)\n"
@@ -117,12 +117,12 @@ def test_in_child_keeps_what_a_person_must_see(modules: Path):
         encoding="utf-8",
     )
     with pytest.raises(UserError) as raised:
-        in_child("fails", ["  a b.yaml", "data.prompt=„{q}“ = $HOME *"])
+        ask("fails", ["  a b.yaml", "data.prompt=„{q}“ = $HOME *"])
     error = raised.value
     assert error.message == "two problems:\n  a b.yaml\ndata.prompt=„{q}“ = $HOME *"
     assert (error.hint, error.exit_code) == ("burnish data → all", 3)
     (modules / "works.py").write_text("print('a line before')\nprint('{\"n\": [1, 2]}')\n", encoding="utf-8")
-    assert in_child("works", []) == {"n": [1, 2]}
+    assert ask("works", []) == {"n": [1, 2]}
 
 
 def test_files_of_the_folder_are_not_taken_for_modules(world: World):

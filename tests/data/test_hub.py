@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from burnish.data import hub
-from burnish.data.hub import HubId, is_hub_id, parse_id
+from burnish.data.hub import HubId, parse_id
 from burnish.data.rows import read_rows
 from burnish.errors import UserError
+from burnish.recipe import is_hub_id
 
 ROWS = [{"question": f"q{i}", "answer": {"text": f"a{i}", "n": [i]}, "none": None} for i in range(5)]
 

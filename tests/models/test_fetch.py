@@ -1,4 +1,4 @@
-"""`remote_spec` against a hub on this machine: what it reads, how little, and what it says if it cannot."""
+"""`remote_facts` against a hub on this machine: what it reads, how little, and what it says if it cannot."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from huggingface_hub import constants
 
 from burnish.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError
 from burnish.models import fetch
-from burnish.models.fetch import Hub, remote_facts, remote_spec
-from burnish.models.spec import read_spec
+from burnish.models.fetch import Hub, remote_facts
+from burnish.models.spec import ModelSpec, read_spec
 from tests.models.small_hub import SmallHub
 from tests.tiny import tiny_model
 
@@ -50,6 +50,10 @@ def at(hub: SmallHub | str, monkeypatch: pytest.MonkeyPatch) -> None:
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setenv("MODELSCOPE_DOMAIN", address)
+
+
+def remote_spec(name: str, hub: Hub) -> ModelSpec:
+    return remote_facts(name, hub)[0]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -143,17 +147,6 @@ def test_nothing_is_written(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
         at(small, monkeypatch)
         remote_spec("owner/name", "hf")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_revision(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    with SmallHub({"o/n": files(folder)}, revisions=("a/branch",)) as small:
-        at(small, monkeypatch)
-        # Hugging Face's addresses hold a branch in one part, quoted
-        small.revisions = ("a%2Fbranch", "a/branch")
-        for hub in ("hf", "ms"):
-            assert remote_spec("o/n", hub, "a/branch").n_layers == 3
-        with pytest.raises(UserError, match="hf:o/n@v2: there is no revision v2"):
-            remote_spec("o/n", "hf", "v2")
 
 
 def test_the_token_goes_to_hugging_face_only(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -327,9 +320,9 @@ def test_a_file_that_is_far_too_large(monkeypatch: pytest.MonkeyPatch):
 def test_hf_endpoint_in_a_process_of_its_own(folder: Path):
     """As a person sets it; and the table's room stays closed to frameworks."""
     code = (
-        "import sys; from burnish.models.fetch import remote_spec; "
+        "import sys; from burnish.models.fetch import remote_facts; "
         "before = 'huggingface_hub' in sys.modules; "
-        "spec = remote_spec('o/n', 'hf'); "
+        "spec, _ = remote_facts('o/n', 'hf'); "
         "print(spec.n_layers, before, [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     with SmallHub({"o/n": files(folder)}) as small:

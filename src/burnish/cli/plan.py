@@ -10,8 +10,9 @@ import typer
 
 from burnish.cli.show import print_json
 from burnish.cli.show_plan import show_plan
-from burnish.data.lengths import in_child, lengths
+from burnish.data.lengths import lengths
 from burnish.errors import EXIT_WILL_NOT_FIT, UserError
+from burnish.machine.child import ask
 from burnish.machine.known import known_machine
 from burnish.machine.probe import Machine, probe
 from burnish.machine.rate import Rate, measured_rate, published_rate
@@ -20,10 +21,8 @@ from burnish.models.source import find_spec
 from burnish.planning.duration import duration
 from burnish.planning.levers import Lever, levers, room
 from burnish.planning.plan import Plan, make_plan
-from burnish.recipe import Recipe, expand, load
+from burnish.recipe import Recipe, expand, is_hub_id, load
 from burnish.training.environment import prepare_environment
-
-HUBS = ("hf:", "ms:")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def plan_command(name: str, overrides: list[str], asked: Asked) -> None:
             "--measure runs a step of the recipe's own model on this machine",
             "leave out --machine and --model-geometry",
         )
-    if asked.measure and (recipe.model.startswith(HUBS) or not expand(recipe.model).is_dir()):
+    if asked.measure and (is_hub_id(recipe.model) or not expand(recipe.model).is_dir()):
         raise UserError(
             f"--measure needs the model itself, and {recipe.model or 'model:'} is no folder here",
             "leave out --measure to plan without it, or set model=FOLDER",
@@ -60,9 +59,10 @@ def plan_command(name: str, overrides: list[str], asked: Asked) -> None:
     if not unread:  # known lengths make a closer plan
         plan = plan.tightened(lengths(name, overrides))
     summary = plan.summary() | {"model": source or str(spec.folder), "data": unread or "read"}
-    if asked.measure and plan.fits:
-        summary |= {"measured": in_child("burnish.training.measure", [name, *overrides])["measured"]}
-    summary |= {"measured_asked": asked.measure} | _outlook(plan, asked)
+    if asked.measure:  # what does not fit is not run
+        measured = ask("burnish.training.measure", [name, *overrides])["measured"] if plan.fits else None
+        summary |= {"measured": measured}
+    summary |= _outlook(plan, asked)
     if asked.json:
         print_json(summary)
     else:
@@ -81,9 +81,9 @@ def _unread(recipe: Recipe) -> str:
     model is planned: those of one family cut alike.
     """
     model, data = recipe.model, recipe.data.train
-    if not model or model.startswith(HUBS) or not expand(model).exists():
+    if not model or is_hub_id(model) or not expand(model).exists():
         return "the model's tokenizer is not here, so the data's lengths are not known"
-    hub = next((d for d in (data, recipe.data.valid) if d.startswith(HUBS)), "")
+    hub = next((d for d in (data, recipe.data.valid) if is_hub_id(d)), "")
     if hub:
         return f"{hub} is on a hub, so its lengths are not known"
     if not data or not expand(data).exists():

@@ -21,7 +21,7 @@ def show_plan(plan: Plan, summary: Mapping[str, Any]) -> None:
     out.print(memory_table(summary))
     if summary.get("measured"):
         out.print(measured_line(summary["measured"]))
-    elif summary["measured_asked"]:
+    elif "measured" in summary:
         out.print("not measured: what does not fit is not run")
     out.print()
     for line in (said(summary), *time_lines(summary), why(plan, summary)):
@@ -92,7 +92,7 @@ def time_lines(summary: Mapping[str, Any]) -> list[str]:
     line = f"time, {said}: {time['tokens_per_s']:.0f} tokens/s {between}"
     steps = summary["choices"].get("steps", {}).get("value")
     whole, about = time["seconds"], "about"
-    if not whole and time["step_seconds"] and steps:  # of the longest rows allowed
+    if not whole and steps:  # of the longest rows allowed
         whole, about = steps * time["step_seconds"], "at most about"
     if whole:
         spread = time["tokens_per_s"] / time["low"]

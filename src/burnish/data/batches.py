@@ -118,12 +118,19 @@ def steps(
     lengths: Sequence[int] = (),
 ) -> Iterator[tuple[list[Batch], Cursor]]:
     """Endless steps from `cursor` on: each one's micro-batches, and the cursor that follows it."""
-    epoch, index = cursor.epoch, cursor.index
+    for _, chosen, after in numbered_steps(len(examples), batch_size, seed, cursor):
+        yield split([examples[i] for i in chosen], micro_batch, lengths), after
+
+
+def numbered_steps(
+    n: int, batch_size: int, seed: int, cursor: Cursor
+) -> Iterator[tuple[Cursor, list[int], Cursor]]:
+    """The same of n examples by their numbers alone: where a step begins, its examples, what follows it."""
+    at = cursor
     while True:
-        permutation = order(len(examples), seed, epoch)
-        while index < len(examples):
-            chosen = [examples[i] for i in permutation[index : index + batch_size]]
-            index += len(chosen)
-            after = Cursor(epoch, index) if index < len(examples) else Cursor(epoch + 1, 0)
-            yield split(chosen, micro_batch, lengths), after
-        epoch, index = epoch + 1, 0
+        permutation = order(n, seed, at.epoch).tolist()
+        for index in range(at.index, n, batch_size):
+            end = index + batch_size
+            after = Cursor(at.epoch, end) if end < n else Cursor(at.epoch + 1, 0)
+            yield Cursor(at.epoch, index), permutation[index:end], after
+        at = Cursor(at.epoch + 1, 0)

@@ -39,10 +39,6 @@ class HubId:
         return HubId(self.hub, self.name, config, split)
 
 
-def is_hub_id(source: str) -> bool:
-    return source.startswith(("hf:", "ms:"))
-
-
 def parse_id(source: str) -> HubId:
     """Raises UserError for what is no id of a data set."""
     found = _ID.fullmatch(source)

@@ -45,15 +45,22 @@ def packed_steps(
 ) -> Iterator[tuple[list[Batch], Cursor]]:
     """Endless steps from `cursor` on, as `batches.steps` gives them: micro-batches of `micro_batch` rows."""
     lengths = [len(e.tokens) for e in examples]
+    for _, rows, after in numbered_rows(lengths, batch_size, seed, cursor, row_length):
+        yield _micros([[examples[i] for i in row] for row in rows], micro_batch, row_length), after
+
+
+def numbered_rows(
+    lengths: Sequence[int], batch_size: int, seed: int, cursor: Cursor, row_length: int
+) -> Iterator[tuple[Cursor, Rows, Cursor]]:
+    """The same by the examples' numbers alone: where a step begins, its rows, what follows it."""
     epoch, step = cursor.epoch, cursor.index // batch_size
     while True:
-        for number in range(step // PACK_WINDOW, -(-len(examples) // (batch_size * PACK_WINDOW))):
+        for number in range(step // PACK_WINDOW, -(-len(lengths) // (batch_size * PACK_WINDOW))):
             dealt = window(lengths, batch_size, seed, epoch, number, row_length)
             for rows in dealt[step - number * PACK_WINDOW :]:
+                at, index = Cursor(epoch, step * batch_size), (step + 1) * batch_size
+                yield at, rows, Cursor(epoch, index) if index < len(lengths) else Cursor(epoch + 1, 0)
                 step += 1
-                index = step * batch_size
-                after = Cursor(epoch, index) if index < len(examples) else Cursor(epoch + 1, 0)
-                yield _micros([[examples[i] for i in row] for row in rows], micro_batch, row_length), after
         epoch, step = epoch + 1, 0
 
 

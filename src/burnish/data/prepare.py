@@ -19,7 +19,6 @@ import numpy as np
 from burnish.data.batches import Example
 from burnish.data.conversation import Conversation, Turn
 from burnish.data.formats import Read, fields, read_conversations
-from burnish.data.hub import is_hub_id
 from burnish.data.render import Renderer
 from burnish.data.rows import Bad, read_rows
 from burnish.data.template import Layout, Unproven
@@ -27,7 +26,7 @@ from burnish.data.training_template import Chosen, choose
 from burnish.errors import UserError, all_problems
 from burnish.models.tokenizer import Tokenizer
 from burnish.planning.plan import DataStats
-from burnish.recipe import Recipe, expand
+from burnish.recipe import Recipe, expand, is_hub_id
 
 
 @dataclass(frozen=True)

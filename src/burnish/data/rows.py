@@ -21,10 +21,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from burnish.data.hub import hub_rows, is_hub_id
+from burnish.data.hub import hub_rows
 from burnish.data.json_rows import Item, json_rows, looks_like_json
 from burnish.data.tabular import COLUMNS, delimited, parquet, plain
 from burnish.errors import UserError
+from burnish.recipe import is_hub_id
 
 _EXPECTED = "expected rows as JSON, JSON Lines, CSV, TSV, Parquet or plain text"
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz")

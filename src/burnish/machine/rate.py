@@ -18,13 +18,14 @@ import tempfile
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from burnish.machine import chips
-from burnish.machine.child import run_module
+from burnish.machine.child import last_object, run_module
 from burnish.machine.probe import Machine, probe
 
 LIMIT_S = 60.0  # a framework that has not answered by then is hanging
-_PACKAGE = {"torch": "torch", "mlx": "mlx"}  # whose version a measurement belongs to
+_MEASURED = ("torch", "mlx")  # backends named as the package whose version a measurement belongs to
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
@@ -54,10 +55,10 @@ def measured_rate(
     where the backend is not installed or is none to measure, and where the process fails or does not end in
     time: a plan without a rate is still a plan.
     """
-    if backend not in _PACKAGE:
+    if backend not in _MEASURED:
         return None
     machine = machine or probe(Path.cwd())
-    version = machine.versions.get(_PACKAGE[backend], "")
+    version = machine.versions.get(backend, "")
     if not version:
         return None
     chip, busy = _chip(machine, device), _busy(machine, device)
@@ -129,15 +130,13 @@ def _measure(
         done = run_module("burnish.backends.rate", [backend, device, dtype, str(seconds)], limit_s)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    lines = done.stdout.strip().splitlines()  # frameworks may have said something before
-    return _numbers(lines[-1]) if done.returncode == 0 and lines else None
+    return _numbers(last_object(done.stdout)) if done.returncode == 0 else None
 
 
-def _numbers(text: str) -> tuple[float, float] | None:
-    """(FLOP/s, bytes/s) from a JSON object; None where it is anything else."""
+def _numbers(told: dict[str, Any] | None) -> tuple[float, float] | None:
+    """(FLOP/s, bytes/s); None where it is anything else."""
     try:
-        told = json.loads(text)
-        found = float(told["flops"]), float(told["bytes_per_s"])
+        found = float((told or {})["flops"]), float((told or {})["bytes_per_s"])
     except (ValueError, TypeError, KeyError):
         return None
     return found if all(math.isfinite(n) and n > 0 for n in found) else None
@@ -150,11 +149,10 @@ def _place(key: dict[str, str]) -> Path:
 def _cached(key: dict[str, str]) -> tuple[float, float] | None:
     """None where it is not there, or is not what `_keep` wrote for this key."""
     try:
-        text = _place(key).read_text(encoding="utf-8")
-        same = json.loads(text).get("key") == key
-    except (OSError, RuntimeError, ValueError, AttributeError):
+        told = last_object(_place(key).read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, ValueError):
         return None
-    return _numbers(text) if same else None
+    return _numbers(told) if told and told.get("key") == key else None
 
 
 def _keep(key: dict[str, str], found: tuple[float, float]) -> None:
@@ -170,6 +168,9 @@ def _keep(key: dict[str, str], found: tuple[float, float]) -> None:
             temporary = Path(f.name)
             json.dump(told, f)
         os.replace(temporary, place)
+        temporary = None
     except (OSError, RuntimeError):
+        pass  # where it cannot be written, the next plan measures again
+    finally:  # of an interruption too
         if temporary is not None:
             temporary.unlink(missing_ok=True)

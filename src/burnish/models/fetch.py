@@ -1,7 +1,7 @@
 """What a model on a hub is, before any of its weights are downloaded: some kilobytes a file, nothing is kept.
 
-    spec = remote_spec("Qwen/Qwen2.5-14B-Instruct", "hf")        # or "ms" for ModelScope
-    spec.folder                                                  # Path("Qwen/Qwen2.5-14B-Instruct")
+    spec, source = remote_facts("Qwen/Qwen2.5-14B-Instruct", "hf")        # or "ms" for ModelScope
+    spec.folder                                                           # Path("Qwen/Qwen2.5-14B-Instruct")
 
 config.json says what headers cannot; then only the beginning of each safetensors file is read, where its
 header is. The connection is huggingface_hub's, so HF_ENDPOINT, HF_TOKEN, HF_HUB_DOWNLOAD_TIMEOUT and proxies
@@ -23,7 +23,14 @@ from urllib.parse import quote, urlsplit
 
 from burnish.errors import EXIT_FAILED, UserError
 from burnish.models.geometry import spec_from_config
-from burnish.models.spec import ModelSpec, TensorInfo, how_to_get, parse_header, spec_of_parts
+from burnish.models.spec import (
+    ModelSpec,
+    TensorInfo,
+    decoder_config,
+    how_to_get,
+    parse_header,
+    spec_of_parts,
+)
 
 Hub = Literal["hf", "ms"]
 
@@ -40,19 +47,17 @@ _ID = re.compile(r"[\w.-]+/[\w.-]+")
 class _Repo:
     hub: Hub
     name: str  # OWNER/NAME
-    revision: str | None
 
     def __str__(self) -> str:
-        at = f"@{self.revision}" if self.revision else ""
-        return f"{self.hub}:{self.name}{at}"
+        return f"{self.hub}:{self.name}"
 
     def url(self, file: str) -> str:
         if self.hub == "ms":  # the address that modelscope's own library reads files from
-            at = f"Revision={quote(self.revision or 'master', safe='')}&FilePath={quote(file, safe='')}"
+            at = f"Revision=master&FilePath={quote(file, safe='')}"
             return f"{_modelscope()}/api/v1/models/{self.name}/repo?{at}"
         from huggingface_hub import hf_hub_url
 
-        return hf_hub_url(self.name, file, revision=self.revision)
+        return hf_hub_url(self.name, file)
 
 
 @dataclass(frozen=True)
@@ -71,28 +76,23 @@ class _NotHad(Exception):
         self.error = error
 
 
-def remote_spec(model_id: str, hub: Hub, revision: str | None = None) -> ModelSpec:
-    """The spec of OWNER/NAME on a hub, its dtypes and shapes from the safetensors headers; from config.json
-    alone (BF16) where those cannot be had. `folder` is the id.
+def remote_facts(model_id: str, hub: Hub) -> tuple[ModelSpec, str]:
+    """The spec of OWNER/NAME on a hub, and a few words on where it comes from: dtypes and shapes from the
+    safetensors headers, or from config.json alone (BF16) where those cannot be had. `folder` is the id.
 
     Raises UserError for an id that is not there, may not be read or is no decoder, and where the hub cannot
     be reached.
     """
-    return remote_facts(model_id, hub, revision)[0]
-
-
-def remote_facts(model_id: str, hub: Hub, revision: str | None = None) -> tuple[ModelSpec, str]:
-    """As `remote_spec`, with a few words on where the facts come from."""
     if not _ID.fullmatch(model_id):
         raise UserError(f"{model_id} is no model id: expected OWNER/NAME", "such as Qwen/Qwen2.5-7B-Instruct")
-    repo, name = _Repo(hub, model_id, revision), Path(model_id)
+    repo, name = _Repo(hub, model_id), Path(model_id)
     if is_offline():
         raise UserError(
             f"{repo} cannot be looked at: HF_HUB_OFFLINE is set",
             f"unset HF_HUB_OFFLINE, or {how_to_get(repo.name, repo.hub)}",
         )
     try:
-        config = _config(repo)
+        config = decoder_config(_config(repo), name)
         generation = _json_object(repo, "generation_config.json") or {}
     except _NotHad as e:
         raise e.error from e
@@ -251,8 +251,6 @@ def _refused(repo: _Repo, answer: _Answer) -> UserError:
             if repo.hub == "hf"
             else f"ask for access on {page}, then {how_to_get(repo.name, repo.hub)}",
         )
-    if code == "RevisionNotFound":
-        return UserError(f"{repo}: there is no revision {repo.revision}", f"look at the branches of {page}")
     if status in (401, 404):
         private = "hf auth login" if repo.hub == "hf" else how_to_get(repo.name, repo.hub)
         return UserError(

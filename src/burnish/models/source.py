@@ -15,40 +15,40 @@ from burnish.errors import UserError
 from burnish.models.fetch import Hub, is_offline, remote_facts
 from burnish.models.geometry import published_as, spec_of_geometry
 from burnish.models.spec import ModelSpec, how_to_get, read_spec
-from burnish.recipe import Recipe, expand
+from burnish.recipe import Recipe, expand, is_hub_id
 
 # A path that begins with `.`, `~` or `/` is never a hub's id.
 _ID = re.compile(r"(?:(hf|ms):)?(\w[\w.-]*/[\w.-]+)")
 
 
-def find_spec(recipe: Recipe, online: bool = True) -> tuple[ModelSpec, str]:
+def find_spec(recipe: Recipe) -> tuple[ModelSpec, str]:
     """The spec of the recipe's model, and in a few words where it comes from if not from a local folder.
 
     A folder that exists is read. `hf:OWNER/NAME`, `ms:OWNER/NAME` and OWNER/NAME are asked of the hub,
-    without weights. Where `online` is false, HF_HUB_OFFLINE is set or the hub does not tell, the table of
-    known models is asked, and so it is where a folder that does not exist has a known model's name. Raises
-    UserError where none of these knows the model, with the command that downloads it.
+    without weights. Where HF_HUB_OFFLINE is set or the hub does not tell, the table of known models is asked,
+    and so it is where a folder that does not exist has a known model's name. Raises UserError where none of
+    these knows the model, with the command that downloads it.
     """
     model = recipe.model
     if not model:
         raise UserError("the recipe names no model", "set model=FOLDER, or model=hf:OWNER/NAME to plan only")
-    if not model.startswith(("hf:", "ms:")) and expand(model).exists():
+    if not is_hub_id(model) and expand(model).exists():
         return read_spec(expand(model)), ""
     found = _ID.fullmatch(model)
     if found:
-        return _of_hub(cast(Hub, found[1] or "hf"), found[2], here="" if found[1] else model, online=online)
-    if model.startswith(("hf:", "ms:")):
+        return _of_hub(cast(Hub, found[1] or "hf"), found[2], here="" if found[1] else model)
+    if is_hub_id(model):
         raise UserError(
             f"{model} is no model id: expected {model[:3]}OWNER/NAME", "such as hf:Qwen/Qwen2.5-7B"
         )
     return _of_table(Path(model.rstrip("/")).name, model)
 
 
-def _of_hub(hub: Hub, name: str, here: str, online: bool) -> tuple[ModelSpec, str]:
+def _of_hub(hub: Hub, name: str, here: str) -> tuple[ModelSpec, str]:
     """here: the model as written, if it could have been a folder."""
     model = published_as(name) or (published_as(Path(name).name) if here else None)
-    why = "HF_HUB_OFFLINE is set" if is_offline() else "its hub was not asked"
-    if online and not is_offline():
+    why = "HF_HUB_OFFLINE is set"
+    if not is_offline():
         try:
             return remote_facts(name, hub)
         except UserError as e:

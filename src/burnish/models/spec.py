@@ -20,7 +20,7 @@ from typing import Any
 
 from burnish.errors import UserError, all_problems
 from burnish.models.quantized import Quantization, read_quantization
-from burnish.recipe import Recipe, expand
+from burnish.recipe import Recipe, expand, is_hub_id
 
 DTYPE_BYTES = {
     "F64": 8,
@@ -82,6 +82,11 @@ class ModelSpec:
         beside = {name[: -len("weight")] + leaf for name in self.unpacked for leaf in ("scales", "biases")}
         counted = (self.unpacked.get(k, t.shape) for k, t in self.tensors.items() if k not in beside)
         return sum(math.prod(shape) for shape in counted)
+
+    @property
+    def layer_weights(self) -> int:
+        """Of the linear layers of one decoder layer."""
+        return sum(math.prod(shape) for shape in self.linears.values())
 
     @property
     def weight_bytes(self) -> int:
@@ -200,12 +205,10 @@ def spec_of_parts(
     tensors: Mapping[str, TensorInfo],
     generation: Mapping[str, Any],
 ) -> ModelSpec:
-    """The spec from what was read, wherever it was: config.json, every safetensors header, and
-    generation_config.json ({}: there is none). folder: where the model is, or how it is named.
-
-    Raises UserError where they contradict each other, or the model is no decoder.
+    """The spec from what was read, wherever it was: config.json as `decoder_config` gives it, every
+    safetensors header, and generation_config.json ({}: there is none). folder: where the model is, or how it
+    is named. Raises UserError where they contradict each other.
     """
-    config = decoder_config(config, folder)
     has_head = any(k.endswith("lm_head.weight") for k in tensors)
     if not has_head and config.get("tie_word_embeddings") is False:
         raise UserError(
@@ -260,7 +263,7 @@ def spec_of(recipe: Recipe) -> ModelSpec:
     """The spec of the recipe's model. Raises UserError where it names none, and as `read_spec` does."""
     if not recipe.model:
         raise UserError("the recipe names no model", "set model=FOLDER")
-    if recipe.model.startswith(("hf:", "ms:")):
+    if is_hub_id(recipe.model):
         raise UserError(
             f"model: {recipe.model} is a hub's id, which is enough to plan; training reads a folder",
             how_to_get(recipe.model[3:], "ms" if recipe.model.startswith("ms:") else "hf"),

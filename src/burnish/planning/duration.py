@@ -19,15 +19,18 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from burnish.machine.rate import Rate
-from burnish.models.spec import ModelSpec
 from burnish.planning.layout import Place, first_fit
-from burnish.planning.memory import ELEMENT_BYTES
+from burnish.planning.memory import (
+    ELEMENT_BYTES,
+    QUANTIZED_BYTES_PER_WEIGHT,
+    adapter_parameters,
+    trained_layers,
+)
 from burnish.planning.plan import Plan
 
 SAMPLE_STEPS = 32  # optimizer steps that stand for a run, their examples drawn from the data's lengths
 # Of attention's forward pass, two products: scores again, and four gradients.
 ATTENTION_BACKWARD = 2.5
-PACKED_BYTES = {"4bit": 0.5 + 4 / 64, "8bit": 1 + 4 / 64}  # a weight, with its share of a group's scales
 UPDATE_BYTES = 32  # an adapter weight's in a step: itself, gradient and two moments, read and written
 # A large product and a large copy reach so much of what a maker publishes (H100: 605 of 989 TFLOP/s); that
 # differs between them, so the range is wider by this factor, too: two doubts of their own.
@@ -57,7 +60,6 @@ SPEEDS: Mapping[tuple[str, str], Speed] = {
     # Apple's: as on CUDA, but no attention fused on the way back.
     ("mlx", "metal"): Speed(0.9, 0.3, 4.0, 4.0, 2.1e-3, 1.6e-3, 2.5, 0),
     ("torch", "mps"): Speed(0.7, 0.2, 5.0, 4.0, 2.2e-3, 4.7e-3, 3.0, 0),
-    ("reference", "cpu"): Speed(0.3, 0.1, 4.0, 1.0, 1.6e-3, 1.6e-3, 4.0, 0),
 }
 
 
@@ -66,7 +68,7 @@ class Duration:
     tokens_per_s: float  # real tokens of optimizer steps, padding not counted
     low: float  # tokens/s
     high: float
-    step_seconds: float | None  # of an average step
+    step_seconds: float  # of an average step
     seconds: float | None  # of the whole training; None before the data is known
     why: str
 
@@ -78,6 +80,9 @@ class Pass:
     tokens: int  # real ones
     positions: int  # with padding, where that is computed
     pairs: float  # of a query and a key that attention computes
+
+
+Sample = tuple[list[Pass], int]  # the passes of some steps, and how many steps these are
 
 
 @dataclass(frozen=True)
@@ -97,26 +102,28 @@ def duration(plan: Plan, rate: Rate, speed: Speed | None = None) -> Duration:
     """
     speed = speed or SPEEDS[plan.backend.value, plan.device.value]
     passes, steps = passes_of(plan)
-    step_s = step_seconds(plan, rate, speed)
+    step_s = _step_seconds(plan, rate, speed, (passes, steps))
     per_s = sum(p.tokens for p in passes) / (steps * step_s)
     doubts = (speed.spread, 1.0 if rate.measured else PUBLISHED_SPREAD)
     spread = math.exp(math.hypot(*map(math.log, doubts)))
     seconds = None
     if plan.steps is not None and plan.stats is not None:
-        seconds = plan.steps.value * step_s + _validations(plan) * _validation_seconds(plan, rate, speed)
+        seconds = plan.steps.value * step_s + _validations(plan) * _validation_seconds(
+            plan, rate, speed, (passes, steps)
+        )
     return Duration(per_s, per_s / spread, per_s * spread, step_s, seconds, _why(plan, rate, speed, spread))
 
 
-def step_seconds(plan: Plan, rate: Rate, speed: Speed) -> float:
-    """Of an average optimizer step, in seconds."""
-    passes, steps = passes_of(plan)
+def _step_seconds(plan: Plan, rate: Rate, speed: Speed, sample: Sample) -> float:
+    """Of an average optimizer step, in seconds. sample: `passes_of(plan)`."""
+    passes, steps = sample
     work = _training_work(plan)
-    computed = sum(_pass_seconds(plan, rate, speed, p, work, _share(plan)) for p in passes)
-    adapter = _adapter_weights(plan) * len(plan.layers.value)
+    computed = sum(_pass_seconds(plan, rate, speed, p, work) for p in passes)
+    adapter = adapter_parameters(plan.spec, plan.shape)
     return computed / steps + adapter * UPDATE_BYTES / _reached(rate).bytes_per_s
 
 
-def passes_of(plan: Plan) -> tuple[list[Pass], int]:
+def passes_of(plan: Plan) -> Sample:
     """The micro-batches of some steps that stand for the run, and how many steps these are."""
     batch_size, micro = plan.recipe.train.batch_size, plan.micro_batch.value
     most = max(1, plan.length.value - 1)  # an example of n tokens takes n - 1 positions
@@ -156,32 +163,24 @@ def _pairs(length: int, window: int | None) -> float:
     return length * seen - seen * seen / 2
 
 
-def _share(plan: Plan) -> float:
-    """Share of tokens that are targets; all of them before the data says otherwise."""
-    if plan.stats is None or plan.recipe.data.loss_on == "all":
-        return 1.0
-    return plan.stats.trained / max(plan.stats.tokens, 1)
-
-
 def _training_work(plan: Plan) -> Work:
-    layers = plan.spec.n_layers
-    depth = layers - min(plan.layers.value) if plan.layers.value else 0
+    layers, depth = plan.spec.n_layers, trained_layers(plan.spec, plan.shape)
     again = depth - min(plan.keep_layers.value, depth)
     # With MLX a kept layer is run again with its products' outputs.
     return Work(layers, depth, again, depth if plan.backend.value == "mlx" else again)
 
 
-def _pass_seconds(plan: Plan, rate: Rate, speed: Speed, p: Pass, work: Work, share: float) -> float:
+def _pass_seconds(plan: Plan, rate: Rate, speed: Speed, p: Pass, work: Work) -> float:
     spec, got = plan.spec, _reached(rate)
     element = ELEMENT_BYTES[plan.compute.value]
-    weights, held = _layer_weights(spec), _held_bytes(plan)
-    targets, head = math.ceil(p.tokens * share), spec.vocab_size * spec.hidden_size
+    weights, held = spec.layer_weights, _held_bytes(plan)
+    targets, head = math.ceil(p.tokens * plan.shape.loss_share), spec.vocab_size * spec.hidden_size
     multiplied = work.forward + work.backward + work.products_again  # times that a layer's weights are used
     slices = max(1, -(-targets // plan.loss_slice.value))
     head_uses = slices * (2 if work.backward else 1)
     # torch leaves the head as it is where the layers are packed.
     head_held = held if plan.backend.value == "mlx" else ELEMENT_BYTES[plan.weights.value]
-    adapted = _adapter_weights(plan) * len(plan.layers.value) / max(spec.n_layers, 1)
+    adapted = adapter_parameters(spec, plan.shape) / max(spec.n_layers, 1)
     # A gradient of the adapter's own comes on top of the one that is passed on.
     operations = 2 * p.positions * (
         weights * multiplied + adapted * (multiplied + work.backward)
@@ -212,21 +211,9 @@ def _reached(rate: Rate) -> Rate:
     return replace(rate, flops=rate.flops * PUBLISHED_PRODUCT, bytes_per_s=rate.bytes_per_s * PUBLISHED_COPY)
 
 
-def _layer_weights(spec: ModelSpec) -> int:
-    return sum(math.prod(shape) for shape in spec.linears.values())
-
-
-def _adapter_weights(plan: Plan) -> int:
-    """Of one adapted layer."""
-    shapes = (
-        shape for name, shape in plan.spec.linears.items() if name.rsplit(".", 1)[-1] in plan.targets.value
-    )
-    return sum(plan.recipe.lora.rank * sum(shape) for shape in shapes)
-
-
 def _held_bytes(plan: Plan) -> float:
     """Of a frozen weight, as it is held."""
-    return PACKED_BYTES.get(plan.quantize.value) or ELEMENT_BYTES[plan.weights.value]
+    return QUANTIZED_BYTES_PER_WEIGHT.get(plan.quantize.value) or ELEMENT_BYTES[plan.weights.value]
 
 
 def _validations(plan: Plan) -> int:
@@ -237,12 +224,12 @@ def _validations(plan: Plan) -> int:
     return -(-plan.steps.value // train.eval_every)
 
 
-def _validation_seconds(plan: Plan, rate: Rate, speed: Speed) -> float:
+def _validation_seconds(plan: Plan, rate: Rate, speed: Speed, sample: Sample) -> float:
     """Of one validation: the held-out share of the rows, forward only."""
     assert plan.stats is not None
-    passes, steps = passes_of(plan)
-    work, share = Work(plan.spec.n_layers, 0, 0, 0), _share(plan)
-    step = sum(_pass_seconds(plan, rate, speed, p, work, share) for p in passes) / steps
+    passes, steps = sample
+    work = Work(plan.spec.n_layers, 0, 0, 0)
+    step = sum(_pass_seconds(plan, rate, speed, p, work) for p in passes) / steps
     epoch = plan.stats.examples / plan.recipe.train.batch_size * step
     return epoch * plan.recipe.data.valid_share / (1 - plan.recipe.data.valid_share)
 

@@ -82,7 +82,7 @@ def levers(plan: Plan) -> tuple[Lever, ...]:
     # Before a few changes at once, which may leave little of the training: a smaller model in fewer bits.
     packed = _first_fitting(plan, _packed_smaller(plan, models))
     smaller = _first_fitting(plan, ([model] for model in models))
-    found += [v for v in packed if [v.overrides] != [s.overrides for s in smaller]] + smaller + together
+    found += [v for v in packed if v not in smaller] + smaller + together
     if not any(lever.fits for lever in found):
         found += _first_fitting(plan, _together_smaller(plan, settings, models))
     return tuple(found)
@@ -137,16 +137,16 @@ def _together(plan: Plan, fixed: Sequence[Step]) -> Iterator[list[Step]]:
 def _packed_smaller(plan: Plan, models: Sequence[Step]) -> Iterator[list[Step]]:
     """Smaller models, the largest first, each in as many bits as will do; none where the bits alone do."""
     bits = fewer_bits(plan)
-    if any(_enough(plan, [b]) for b in bits):
-        return
-    yield from ([b, model] for model in models for b in bits)
+    if not any(_enough(plan, [b]) for b in bits):
+        yield from ([b, model] for model in models for b in bits)
 
 
 def _together_smaller(plan: Plan, fixed: Sequence[Step], models: Sequence[Step]) -> Iterator[list[Step]]:
-    """The same with a smaller model, where nothing else is enough."""
-    bases = [[*fixed], *([*fixed, b] for b in fewer_bits(plan))]
-    yield from ([*base, model] for base in bases for model in models if base)
-    yield from (_found(plan, [*base, model], shorter(plan)) for base in bases for model in models[-1:])
+    """A smaller model with what the recipe fixed, or with shorter rows, where nothing else is enough."""
+    ways = [[*fixed], *([*fixed, b] for b in fewer_bits(plan))]
+    if fixed:
+        yield from ([*way, model] for way in ways for model in models)
+    yield from (_found(plan, [*way, model], shorter(plan)) for way in ways for model in models[-1:])
 
 
 def _found(plan: Plan, base: Sequence[Step], choices: Sequence[Step]) -> list[Step]:

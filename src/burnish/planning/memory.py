@@ -10,16 +10,15 @@ counting does not give, such as the temporaries of a layer's backward pass, is i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from burnish.models.spec import ModelSpec
 from burnish.planning.fitted import FITTED, Fitted
 
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
-QUANTIZED_BYTES_PER_WEIGHT = {
-    "4bit": 0.5 + 4 / 64
-}  # NF4: half a byte, and one float32 scale for each 64 weights
+# With what 64 weights share: NF4's float32 scale, or MLX's scale and bias in 16 bits.
+QUANTIZED_BYTES_PER_WEIGHT = {"4bit": 0.5 + 4 / 64, "8bit": 1 + 4 / 64}
 # What torch's CUDA allocator gives a tensor of 10 MiB or more: whole pages of 2 MiB, of which it splits off
 # again only what is more than 1 MiB (c10/cuda/CUDACachingAllocator).
 LARGE_BYTES, PAGE_BYTES, SPLIT_BYTES = 10 << 20, 2 << 20, 1 << 20
@@ -55,6 +54,11 @@ class Shape:
     answer_tokens: int = 0  # of their answers
     cache_bits: int = 0  # of the key-value cache; 0: as wide as is computed in
 
+    @property
+    def widens(self) -> bool:
+        """Is the base held narrower than is computed in, and widened for its products?"""
+        return self.quantize != "none" or self.weights != self.compute
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -72,32 +76,33 @@ class Moment:
 
 
 def estimate(spec: ModelSpec, s: Shape) -> tuple[Part, ...]:
-    fit = FITTED["torch", s.device]
-    adapter, trained = adapter_parameters(spec, s), trained_layers(spec, s)
-    narrow = 2 * adapter if s.compute == "bfloat16" else 0  # a copy in the dtype that is computed in
-    work = layer_work(spec, s, fit)
-    top = work if s.keep_layers == 0 else layer_work(spec, s, fit, fit.kept_work)
-    loss = loss_slice_bytes(spec, s, fit)
-    largest = peak(spec, s, layer_activation_bytes(spec, s), work, top, loss, 0)
-    retained, loading = retained_bytes(s, fit, largest, trained), loading_bytes(spec, s)
+    fit, adapter = FITTED["torch", s.device], adapter_parameters(spec, s)
+    activations, loss = layer_activation_bytes(spec, s), loss_slice_bytes(spec, s, fit)
+    largest = peak(spec, s, activations, lambda share: layer_work(spec, s, fit, share), fit, loss, 0)
+    retained, loading = retained_bytes(spec, s, fit, largest), loading_bytes(spec, s)
     if loading > largest.n_bytes + retained:
         largest, retained = Moment("loading", work=loading), 0
     beyond = rounding_bytes(spec, s) + fit.workspace_bytes + retained
+    narrow = 2 * adapter if s.compute == "bfloat16" else 0  # a copy in the dtype that is computed in
+    return parts(spec, s, fit, weight_bytes(spec, s), narrow, largest, beyond)
+
+
+def parts(
+    spec: ModelSpec, s: Shape, fit: Fitted, weights: int, narrow: int, largest: Moment, beyond: int
+) -> tuple[Part, ...]:
+    """What both backends' estimates consist of. narrow: bytes of the adapter beside its float32 weights;
+    beyond: what the allocator has besides.
+    """
+    adapter = adapter_parameters(spec, s)
+    adapted = f"rank {s.rank}, {len(s.targets)} projections × {len(s.layers)} layers"
+    why = "freed, and not given back" if s.device == "cpu" else "whole pages, and workspace of libraries"
     return (
-        Part(
-            "weights",
-            weight_bytes(spec, s),
-            f"{spec.parameters / 1e9:.2f} billion parameters, {held_as(s)}",
-        ),
-        Part(
-            "adapter",
-            4 * adapter + narrow,
-            f"rank {s.rank}, {len(s.targets)} projections × {len(s.layers)} layers",
-        ),
+        Part("weights", weights, f"{spec.parameters / 1e9:.2f} billion parameters, {held_as(s)}"),
+        Part("adapter", 4 * adapter + narrow, adapted),
         Part("optimizer", 8 * adapter, "AdamW: two float32 moments per adapter weight"),
-        *moment_parts(spec, s, largest, trained),
+        *_moment_parts(spec, s, largest),
         Part("batch", 24 * s.micro_batch * s.length, "tokens, targets, weights, positions"),
-        *allocator_part(s, beyond),
+        *((Part("allocator", beyond, why),) if beyond else ()),
         Part("framework", fit.framework_bytes, "the framework's own, without any model"),
     )
 
@@ -106,16 +111,16 @@ def peak(
     spec: ModelSpec,
     s: Shape,
     activations: int,
-    work: int,
-    kept_work: int,
+    work: Callable[[float], int],
+    fit: Fitted,
     loss: int,
     update: int,
 ) -> Moment:
     """The largest moment of a step, or of answering.
 
-    activations: bytes that one kept layer keeps. work: of one recomputed layer's backward pass; kept_work: of
-    the last layer's, kept or not. Inputs go and gradients come as the backward pass walks down, so either
-    end may be the larger one. From a step's second micro-batch on all gradients are there throughout.
+    activations: bytes that one kept layer keeps. work: of one layer's backward pass, given the share of its
+    values that are not counted as kept. Inputs go and gradients come as the backward pass walks down, so
+    either end may be the larger one. From a step's second micro-batch on all gradients are there throughout.
     Validation is a step's forward pass with nothing kept, and so never the largest.
     """
     trained = trained_layers(spec, s)
@@ -125,12 +130,13 @@ def peak(
     before = gradients if s.passes > 1 else 0
     halfway = max(before, gradients * kept // max(trained, 1))
     saved, held = (trained - kept) * inputs, kept * activations
-    first = work if kept < trained else kept_work + activations
+    recomputed, last = work(1.0), work(fit.kept_work if kept else 1.0)
+    first = recomputed if kept < trained else last + activations
     return max(
         (
-            Moment("one layer's backward pass", saved, held, before, kept_work),
+            Moment("one layer's backward pass", saved, held, before, last),
             Moment("the loss slice", saved, held, before, loss),
-            Moment("one layer's backward pass", saved, 0, halfway, work if kept < trained else 0),
+            Moment("one layer's backward pass", saved, 0, halfway, recomputed if kept < trained else 0),
             Moment("one layer's backward pass", inputs, 0, gradients, first),
             Moment("the update", 0, 0, gradients, update),
             Moment("answering", work=answer_bytes(spec, s)),
@@ -139,7 +145,8 @@ def peak(
     )
 
 
-def moment_parts(spec: ModelSpec, s: Shape, m: Moment, trained: int) -> tuple[Part, ...]:
+def _moment_parts(spec: ModelSpec, s: Shape, m: Moment) -> tuple[Part, ...]:
+    trained = trained_layers(spec, s)
     kept = min(s.keep_layers, trained)
     return (
         Part("saved inputs", m.saved, f"of {trained - kept} recomputed layers, where memory is at its peak"),
@@ -149,18 +156,14 @@ def moment_parts(spec: ModelSpec, s: Shape, m: Moment, trained: int) -> tuple[Pa
     )
 
 
-def retained_bytes(s: Shape, fit: Fitted, m: Moment, trained: int) -> int:
-    share = fit.retained if s.keep_layers < trained else fit.retained_kept * min(2, s.passes)
+def retained_bytes(spec: ModelSpec, s: Shape, fit: Fitted, m: Moment) -> int:
+    all_kept = s.keep_layers >= trained_layers(spec, s)
+    share = fit.retained_kept * min(2, s.passes) if all_kept else fit.retained
     return round(share * m.n_bytes)
 
 
-def allocator_part(s: Shape, n_bytes: int) -> tuple[Part, ...]:
-    why = "freed, and not given back" if s.device == "cpu" else "whole pages, and workspace of libraries"
-    return (Part("allocator", n_bytes, why),) if n_bytes else ()
-
-
-def total(parts: Iterable[Part]) -> int:
-    return sum(p.n_bytes for p in parts)
+def total(found: Iterable[Part]) -> int:
+    return sum(p.n_bytes for p in found)
 
 
 def trained_layers(spec: ModelSpec, s: Shape) -> int:
@@ -178,7 +181,7 @@ def held_as(s: Shape) -> str:
 
 
 def weight_bytes(spec: ModelSpec, s: Shape) -> int:
-    linear = spec.n_layers * sum(math.prod(shape) for shape in spec.linears.values())
+    linear = spec.n_layers * spec.layer_weights
     if s.quantize == "none":
         return spec.parameters * ELEMENT_BYTES[s.weights]
     quantized = round(linear * QUANTIZED_BYTES_PER_WEIGHT[s.quantize])
@@ -230,15 +233,14 @@ def layer_activation_bytes(spec: ModelSpec, s: Shape) -> int:
     return per_token * s.micro_batch * s.length + scores
 
 
-def layer_work(spec: ModelSpec, s: Shape, fit: Fitted, share: float = 1.0) -> int:
+def layer_work(spec: ModelSpec, s: Shape, fit: Fitted, share: float) -> int:
     """A layer that runs forward again and backward: its activations, and the gradients among them. share: of
     that, for a layer whose activations are kept.
 
     Where the base is held narrower than computed in, weights are widened one at a time.
     """
     widest = max((math.prod(shape) for shape in spec.linears.values()), default=0)
-    narrow = s.quantize != "none" or s.weights != s.compute
-    widened = round(fit.widened * widest) * ELEMENT_BYTES[s.compute] if narrow else 0
+    widened = round(fit.widened * widest) * ELEMENT_BYTES[s.compute] if s.widens else 0
     scores = 4 * 4 * spec.n_heads * s.micro_batch * s.length**2 if s.device == "mps" else 0
     values = round(share * work_values(spec, s, fit))
     return values * ELEMENT_BYTES[s.compute] + widened + scores

@@ -18,13 +18,10 @@ from burnish.planning.memory import (
     Part,
     Shape,
     adapter_parameters,
-    allocator_part,
-    held_as,
-    moment_parts,
+    parts,
     peak,
     retained_bytes,
     supervised_tokens,
-    trained_layers,
     work_values,
 )
 
@@ -38,26 +35,12 @@ HEAD_TILE = 16384  # words of the head that are multiplied at one time
 
 
 def estimate_mlx(spec: ModelSpec, s: Shape) -> tuple[Part, ...]:
-    fit = FITTED["mlx", s.device]
-    adapter, trained = adapter_parameters(spec, s), trained_layers(spec, s)
-    work = layer_work(spec, s, fit)
-    top = work if s.keep_layers == 0 else kept_work(spec, s, fit)
-    # New adapter and new AdamW moments are made beside the old ones.
-    kept, loss = layer_activation_bytes(spec, s), loss_bytes(spec, s, fit)
-    largest = peak(spec, s, kept, work, top, loss, 12 * adapter)
-    return (
-        Part(
-            "weights",
-            weight_bytes(spec, s),
-            f"{spec.parameters / 1e9:.2f} billion parameters, {held_as(s)}",
-        ),
-        Part("adapter", 4 * adapter, f"rank {s.rank}, {len(s.targets)} projections × {len(s.layers)} layers"),
-        Part("optimizer", 8 * adapter, "AdamW: two float32 moments per adapter weight"),
-        *moment_parts(spec, s, largest, trained),
-        Part("batch", 24 * s.micro_batch * s.length, "tokens, targets, weights, positions"),
-        *allocator_part(s, retained_bytes(s, fit, largest, trained) + lingering_bytes(spec, s)),
-        Part("framework", fit.framework_bytes, "the framework's own, without any model"),
-    )
+    fit, activations = FITTED["mlx", s.device], layer_activation_bytes(spec, s)
+    update = 12 * adapter_parameters(spec, s)  # a new adapter and new AdamW moments, beside the old ones
+    loss = loss_bytes(spec, s, fit)
+    largest = peak(spec, s, activations, lambda share: layer_work(spec, s, fit, share), fit, loss, update)
+    beyond = retained_bytes(spec, s, fit, largest) + lingering_bytes(spec, s)
+    return parts(spec, s, fit, weight_bytes(spec, s), 0, largest, beyond)
 
 
 def lingering_bytes(spec: ModelSpec, s: Shape) -> int:
@@ -103,23 +86,14 @@ def layer_activation_bytes(spec: ModelSpec, s: Shape) -> int:
     return ELEMENT_BYTES[s.compute] * s.micro_batch * s.length * per_token
 
 
-def layer_work(spec: ModelSpec, s: Shape, fit: Fitted) -> int:
-    """One layer run forward again and backward, and what waits behind it."""
-    return _with_weights(spec, s, fit, 1.0)
-
-
-def kept_work(spec: ModelSpec, s: Shape, fit: Fitted) -> int:
-    """One kept layer run backward."""
-    return _with_weights(spec, s, fit, fit.kept_work)
-
-
-def _with_weights(spec: ModelSpec, s: Shape, fit: Fitted, share: float) -> int:
-    element = ELEMENT_BYTES[s.compute]
+def layer_work(spec: ModelSpec, s: Shape, fit: Fitted, share: float) -> int:
+    """One layer run forward again and backward, and what waits behind it. share: of its values, for a layer
+    whose products are kept.
+    """
     values = share * (1 + s.ahead * fit.ahead) * work_values(spec, s, fit)
-    narrow = s.quantize != "none" or s.weights != s.compute
-    sizes = [math.prod(shape) for shape in spec.linears.values()]
-    widened = fit.ahead_widened * sum(sizes) if s.ahead else fit.widened * max(sizes, default=0)
-    return round(element * (values + (widened if narrow else 0))) + scores_bytes(spec, s)
+    widest = max((math.prod(shape) for shape in spec.linears.values()), default=0)
+    widened = fit.ahead_widened * spec.layer_weights if s.ahead else fit.widened * widest
+    return round(ELEMENT_BYTES[s.compute] * (values + widened * s.widens)) + scores_bytes(spec, s)
 
 
 def scores_bytes(spec: ModelSpec, s: Shape) -> int:
@@ -132,16 +106,20 @@ def scores_bytes(spec: ModelSpec, s: Shape) -> int:
     return SCORES_BLOCKS * min(SCORES_BLOCK_BYTES, every)
 
 
+def slice_rows(targets: int, most: int) -> int:
+    """Rows of a slice of the loss, in tokens: one of few sizes, so that few graphs are compiled."""
+    rows = LEAST_SLICE
+    while rows < min(targets, most):
+        rows *= 2
+    return min(rows, most)
+
+
 def loss_bytes(spec: ModelSpec, s: Shape, fit: Fitted) -> int:
     """Logits and their gradient for one slice, one float32 copy; a tile of the head, or all of it where none
     waits for another; hidden states and gradient of all targets.
     """
     element, targets = ELEMENT_BYTES[s.compute], supervised_tokens(s)
-    rows = LEAST_SLICE  # a slice has one of few sizes (backends/mlx/loss.py)
-    while rows < min(targets, s.loss_slice):
-        rows *= 2
-    logits = min(rows, s.loss_slice) * spec.vocab_size * (2 * element + 4)
-    narrow = s.quantize != "none" or s.weights != s.compute
-    words = spec.vocab_size if s.ahead and narrow else min(HEAD_TILE, spec.vocab_size)
+    logits = slice_rows(targets, s.loss_slice) * spec.vocab_size * (2 * element + 4)
+    words = spec.vocab_size if s.ahead and s.widens else min(HEAD_TILE, spec.vocab_size)
     tile = words * spec.hidden_size * element
     return round(fit.logits / 2 * logits) + tile + 2 * targets * spec.hidden_size * element

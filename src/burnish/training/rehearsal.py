@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import islice
 
 from burnish.backends.base import Learner
-from burnish.data.batches import Batch, Cursor, order, steps_per_epoch
-from burnish.data.packing import Rows, window
+from burnish.data.batches import Batch, Cursor, numbered_steps, steps_per_epoch
+from burnish.data.packing import Rows, numbered_rows
 from burnish.data.prepare import Prepared
 from burnish.planning.layout import PACK_WINDOW, Place
 from burnish.planning.plan import Plan
@@ -82,31 +82,16 @@ def _need(plan: Plan, rows: Rows, lengths: Sequence[int], trained: Sequence[int]
 def _steps(plan: Plan, lengths: Sequence[int]) -> Iterator[tuple[Cursor, list[Rows]]]:
     """Where each step of the run begins, and the examples that its micro-batches hold, by number."""
     assert plan.steps is not None, "a plan tightened with the data knows its steps"
-    size, micro = plan.recipe.train.batch_size, plan.micro_batch.value
+    train, micro = plan.recipe.train, plan.micro_batch.value
+    size, seed, steps = train.batch_size, train.seed, plan.steps.value
     if plan.pack.value:
-        steps, seen = _packed(plan, lengths), LOOK_WINDOWS * PACK_WINDOW
-    else:
-        seen = max(steps_per_epoch(len(lengths), size), LOOK_EXAMPLES // size)
-        steps = _alone(plan, lengths)
-    for cursor, rows in islice(steps, min(plan.steps.value, seen)):
-        yield cursor, [rows[i : i + micro] for i in range(0, len(rows), micro)]
-
-
-def _alone(plan: Plan, lengths: Sequence[int]) -> Iterator[tuple[Cursor, Rows]]:
-    """Endless, as `batches.steps`."""
-    size, seed = plan.recipe.train.batch_size, plan.recipe.train.seed
-    for epoch in count():
-        permutation = order(len(lengths), seed, epoch).tolist()
-        for index in range(0, len(lengths), size):
-            chosen = permutation[index : index + size]
-            yield Cursor(epoch, index), [[i] for i in sorted(chosen, key=lambda i: -lengths[i])]
-
-
-def _packed(plan: Plan, lengths: Sequence[int]) -> Iterator[tuple[Cursor, Rows]]:
-    """Endless, as `packing.packed_steps`."""
-    size, seed = plan.recipe.train.batch_size, plan.recipe.train.seed
-    for epoch in count():
-        for number in range(-(-len(lengths) // (size * PACK_WINDOW))):
-            dealt = window(lengths, size, seed, epoch, number, plan.row_length.value)
-            for step, rows in enumerate(dealt, number * PACK_WINDOW):
-                yield Cursor(epoch, step * size), rows
+        dealt = numbered_rows(lengths, size, seed, Cursor(), plan.row_length.value)
+        steps = min(steps, LOOK_WINDOWS * PACK_WINDOW)
+    else:  # one example a row, longest first, as `batches.split` has them
+        dealt = (
+            (at, [[i] for i in sorted(some, key=lambda i: -lengths[i])], after)
+            for at, some, after in numbered_steps(len(lengths), size, seed, Cursor())
+        )
+        steps = min(steps, max(steps_per_epoch(len(lengths), size), LOOK_EXAMPLES // size))
+    for at, rows, _ in islice(dealt, steps):
+        yield at, [rows[i : i + micro] for i in range(0, len(rows), micro)]

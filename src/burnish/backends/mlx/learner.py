@@ -23,7 +23,6 @@ from burnish.backends.reference import fresh_state, total_weight
 from burnish.data.batches import Batch
 from burnish.data.packing import segment_mask
 from burnish.errors import NonFinite, UserError
-from burnish.planning.memory import total
 from burnish.planning.plan import Plan
 
 
@@ -218,8 +217,8 @@ def _pace(plan: Plan) -> tuple[int, int]:
     MLX counts its arrays, not the framework around them. It goes beyond the limit by what it has handed over
     at once, so where memory is short the limit is set below what is needed.
     """
-    parts = {p.name: p.n_bytes for p in plan.training}
-    needed, ahead = total(plan.training) - parts["framework"], plan.ahead.value
+    parts, ahead = {p.name: p.n_bytes for p in plan.training}, plan.ahead.value
+    needed = sum(parts.values()) - parts["framework"]
     return ahead, needed if ahead else needed - parts["largest moment"] // 3
 
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from burnish.backends.mlx.cpu_math import apart, exp
-from burnish.planning.memory_mlx import LEAST_SLICE
+from burnish.planning.memory_mlx import slice_rows
 
 Logits = Callable[[mx.array], mx.array]  # [1, N, D] → [1, N, V]
 _RUN = 256  # numbers that are added one by one
@@ -115,10 +115,7 @@ class SlicedLoss:
         return loss, gradient.reshape(hidden_BTD.shape)
 
     def _slices(self, n: int) -> list[slice]:
-        size = LEAST_SLICE
-        while size < min(n, self._rows):
-            size *= 2
-        size = min(size, self._rows)
+        size = slice_rows(n, self._rows)
         return [slice(i, i + size) for i in range(0, n, size)]
 
 
