@@ -34,6 +34,7 @@ from burnish.models.folder import (
 )
 from burnish.models.gguf_config import Layout, read_layout, to_config, to_generation_config
 from burnish.models.gguf_tokenizer import write_tokenizer
+from burnish.models.weights import narrowed
 
 CHUNK_BYTES = 64 << 20  # of float32, widened at a time
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ours → safetensors'
@@ -186,12 +187,3 @@ def widened(layout: Layout, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterat
     rows = max(1, chunk_bytes // row_bytes)
     for at in range(0, len(data), rows):
         yield dequantize(data[order[at : at + rows]], source.gguf.tensor_type).astype(np.float32, copy=False)
-
-
-def narrowed(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 → the dtype asked for; bfloat16 as 16 bits, rounded to nearest even (NumPy has no bfloat16)."""
-    if dtype == "bfloat16":
-        bits = np.ascontiguousarray(values).view(np.uint32)
-        return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-    with np.errstate(over="ignore"):  # looked for by the caller
-        return values.astype(np.dtype(dtype), copy=False)

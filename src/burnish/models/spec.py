@@ -49,6 +49,7 @@ class TensorInfo:
     dtype: str  # as safetensors names it: 'F32', 'BF16', …
     shape: tuple[int, ...]
     file: str
+    begin: int = field(default=0, compare=False)  # byte of the file; 0 where only shapes are known
 
     @property
     def n_bytes(self) -> int:
@@ -163,7 +164,11 @@ def parse_header(header: bytes, where: str, file: str) -> tuple[dict[str, Tensor
     try:
         found.pop("__metadata__", None)
         data_bytes = max((t["data_offsets"][1] for t in found.values()), default=0)
-        tensors = {k: TensorInfo(t["dtype"], tuple(t["shape"]), file) for k, t in found.items()}
+        data = 8 + len(header)
+        tensors = {
+            k: TensorInfo(t["dtype"], tuple(t["shape"]), file, data + t["data_offsets"][0])
+            for k, t in found.items()
+        }
     except (AttributeError, KeyError, TypeError, IndexError) as e:  # JSON, but not of this form
         raise UserError(f"{where}: its header lacks a dtype, shape or place", again) from e
     unknown = sorted({t.dtype for t in tensors.values()} - DTYPE_BYTES.keys())
