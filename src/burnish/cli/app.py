@@ -155,3 +155,39 @@ def convert(
     from burnish.cli.convert import convert_command
 
     convert_command(source, out, quantize, dtype, to, model, force, json)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="a run folder, or the folder of an adapter")],
+    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    overrides: Overrides = None,
+    to: Annotated[str, typer.Option(metavar="hf|gguf|mlx|ollama", help="for which program")] = "hf",
+    type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="hf: auto, bf16, f16, f32; gguf and ollama: q8_0, f16, bf16, f32, q6_k, q5_k_m, q4_k_m; "
+            "mlx: 16bit, 8bit, 4bit. The first where left out",
+        ),
+    ] = None,
+    lora_only: Annotated[
+        bool, typer.Option("--lora-only", help="the adapter alone, for hf, mlx or gguf")
+    ] = False,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="the base's 16-bit weights, if moved or trained on packed ones"),
+    ] = None,
+    no_proof: Annotated[bool, typer.Option("--no-proof", help="do not load and compare it")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace an export that is there")] = False,
+    json: Json = False,
+) -> None:
+    """Write the tuned model for another program, load it with that program, and compare it with the trained
+    one. Exit 1: it is not the same, and nothing was left.
+    """
+    from burnish.cli.export import export_command
+    from burnish.export.job import Request
+    from burnish.recipe import expand
+
+    request = Request(to, type, expand(str(out)), lora_only, force, not no_proof)
+    export_command(run, request, base, overrides or [], json)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from burnish.backends.adapter_folder import ADAPTER, CONFIG, read_floats
 from burnish.errors import UserError, all_problems
@@ -22,7 +23,11 @@ _START = "base_model.model."
 _REFUSED = (
     "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "use_dora",
     "target_parameters", "trainable_token_indices", "layer_replication", "use_qalora",
+    "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+    "monteclora_config",
 )  # fmt: skip
+# Ways to begin after which the rest of the base is no longer the one that others have.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ def read_adapter(folder: Path) -> Adapter:
     problems = [f"{key}: {config[key]!r:.60}" for key in _REFUSED if config.get(key)]
     if config.get("bias", "none") != "none":
         problems.append(f"bias: expected none, got {config['bias']}")
+    start = str(config.get("init_lora_weights") or "").lower()
+    if start.startswith(_CHANGE_THE_BASE):
+        problems.append(f"init_lora_weights: {start} begins from a changed base model")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         problems.append(f"r and lora_alpha: expected numbers, got {rank!r} and {alpha!r}")
@@ -62,6 +70,10 @@ def read_adapter(folder: Path) -> Adapter:
         stored = read_floats(folder / ADAPTER)
     except FileNotFoundError as e:
         raise UserError(f"{folder} holds no {ADAPTER}, so it is not an adapter folder") from e
+    except SafetensorError as e:
+        raise UserError(
+            f"{folder / ADAPTER} is not a whole safetensors file: {e}", "copy the adapter folder again, whole"
+        ) from e
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in stored.items():
         module, _, leaf = name.removeprefix(_START).removesuffix(".weight").rpartition(".")

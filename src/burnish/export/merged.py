@@ -68,6 +68,8 @@ def _check_fits(base: ModelSpec, adapter: Adapter) -> None:
             problems.append(f"{module}: the base has no such weight")
         elif info.shape != shape:
             problems.append(f"{module}: expected (out, in) {info.shape}, got {shape}")
+        elif base.tied and module.rpartition(".")[2] == "lm_head":
+            problems.append(f"{module}: the head is the embedding matrix, so a stored one is not read")
     if problems:
         raise all_problems(
             f"{adapter.folder} is not an adapter of {base.folder}:",

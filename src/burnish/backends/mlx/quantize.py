@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ from burnish.models.folder import (
 from burnish.models.spec import ModelSpec, read_config, read_spec, weight_files
 
 BITS = (4, 8)
+RAISED_BITS = 8  # of modules that are to have more than the others
 GROUP_SIZES = (32, 64, 128)  # that MLX's kernels have
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _STORED = {
@@ -101,10 +102,12 @@ def quantize_folder(
     *,
     group_size: int = 64,
     dtype: str | None = None,
+    raised: Collection[str] = (),
     force: bool = False,
 ) -> QuantizeReport:
     """Write the model of `source`, packed to `bits` (4 or 8), to the new folder `out`; with `force`, in place
-    of a model folder there. dtype: of what is not packed; as in the source where left out.
+    of a model folder there. dtype: of what is not packed; as in the source where left out. raised: modules,
+    by mlx-lm's names ('model.layers.0.self_attn.q_proj'), that get 8 bits whatever the others get.
 
     Raises UserError, and leaves nothing behind, for a source that is not whole, is quantised already or holds
     NaN, an `out` that exists, or a disk that is too small; Unsupported where mlx-lm has no class for the
@@ -118,9 +121,11 @@ def quantize_folder(
     _check_plain(spec, config)
     with _nothing_kept(), translated():
         model = open_folder(spec, config)
+        if unknown := set(raised) - {name for name, _ in model.named_modules()}:
+            raise Unsupported(f"mlx-lm has these modules under other names: {sorted(unknown)}", "model")
         if dtype:
             cast(model, lambda name, value: DTYPES[dtype])
-        settings, finite = pack(model, bits, group_size)
+        settings, finite = pack(model, bits, group_size, raised)
         arrays = dict(tree_flatten(model.parameters()))
         quantized = sum(name.endswith(".scales") for name in arrays)
         kept = len(arrays) - 3 * quantized
@@ -181,6 +186,11 @@ def check_folder(spec: ModelSpec, config: dict[str, Any]) -> tuple[type[nn.Modul
     where mlx-lm would read other files than are meant.
     """
     _check_files(spec)
+    return check_class(spec, config)
+
+
+def check_class(spec: ModelSpec, config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+    """mlx-lm's classes for a model of this kind. Raises Unsupported where there are none."""
     try:
         return _get_classes(config)
     except ValueError as e:
@@ -236,10 +246,12 @@ def cast(model: nn.Module, dtype_of: Callable[[str, mx.array], mx.Dtype]) -> Non
     model.update(tree_map_with_path(narrowed, model.parameters()))
 
 
-def pack(model: nn.Module, bits: int, group_size: int) -> tuple[dict[str, Any], dict[str, mx.array]]:
+def pack(
+    model: nn.Module, bits: int, group_size: int, raised: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """Replace what can be packed. Returns the config's `quantization`, with the modules that the model's
-    class wants otherwise (routers of experts in 8 bits), and for each packed weight a promise whether it was
-    finite: packing passes over a NaN.
+    class wants otherwise (routers of experts in 8 bits) and those that are `raised` to 8, and for each packed
+    weight a promise whether it was finite: packing passes over a NaN.
     """
     settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": "affine"}
     finite: dict[str, mx.array] = {}
@@ -250,6 +262,8 @@ def pack(model: nn.Module, bits: int, group_size: int) -> tuple[dict[str, Any], 
         if not hasattr(module, "to_quantized") or weight is None or weight.shape[-1] % group_size:
             return False
         asked = own(path, module) if own else True
+        if asked and path in raised and bits < RAISED_BITS:
+            asked = {"group_size": group_size, "bits": RAISED_BITS}
         if isinstance(asked, dict):
             settings[path] = dict(asked)
         if asked:
@@ -258,6 +272,14 @@ def pack(model: nn.Module, bits: int, group_size: int) -> tuple[dict[str, Any], 
 
     nn.quantize(model, group_size, bits, class_predicate=how)
     return settings, finite
+
+
+def rounded(weight: np.ndarray, bits: int, dtype: str = "float32", group_size: int = 64) -> np.ndarray:
+    """What packing makes of some rows of a matrix that is stored in `dtype`: float32 [n, in] → the same."""
+    rows = mx.array(weight).astype(DTYPES[dtype])
+    packed, scales, biases = mx.quantize(rows, group_size, bits)
+    wide = mx.dequantize(packed, scales.astype(mx.float32), biases.astype(mx.float32), group_size, bits)
+    return np.array(wide)
 
 
 def _held_in(arrays: Mapping[str, mx.array]) -> str:

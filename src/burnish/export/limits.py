@@ -1,0 +1,50 @@
+"""How far an export may be from the trained model, by type: in nats a token, and in share of the adapter.
+
+Each limit is some three times what was measured of good exports (bench/RESULTS.md), and far below what the
+broken ones of `tests/export` give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Limits:
+    mean: float  # |difference| of a target's loss, in nats
+    worst: float
+    divergence: float  # nats a token
+    least: float  # of the adapter's effect
+    most: float
+    why: str
+
+
+EXACT = Limits(2e-4, 1e-3, 2e-4, 0.99, 1.01, "the same numbers in float32: only the order of sums differs")
+HALF = Limits(2e-2, 0.3, 5e-3, 0.97, 1.03, "every weight is rounded once to 8 bits (bfloat16)")
+HALF_F16 = Limits(
+    5e-3, 0.1, 2e-3, 0.98, 1.02, "every weight is rounded once to 11 bits of precision (float16)"
+)
+EIGHT = Limits(5e-2, 0.6, 1e-2, 0.95, 1.05, "weights of 8 bits share a scale by block")
+SIX = replace(EIGHT, mean=0.1, worst=1.5, divergence=3e-2, least=0.92, most=1.08, why="6 bits a weight")
+FIVE = replace(SIX, mean=0.2, worst=2.5, divergence=0.1, least=0.88, most=1.12, why="5 to 6 bits a weight")
+FOUR = replace(FIVE, mean=0.4, worst=5.0, divergence=0.3, least=0.8, most=1.2, why="4 to 6 bits a weight")
+
+# (what, type) → limits. An adapter alone is not rounded; its base is the reader's own.
+LIMITS = {
+    ("hf", "float32"): EXACT,
+    ("hf", "float16"): HALF_F16,
+    ("hf", "bfloat16"): HALF,
+    ("hf", "adapter"): EXACT,
+    ("mlx", "16bit"): HALF,
+    ("mlx", "8bit"): EIGHT,
+    ("mlx", "4bit"): FOUR,
+    ("mlx", "adapter"): EXACT,
+    ("gguf", "f32"): replace(EXACT, mean=5e-4, worst=5e-3),
+    ("gguf", "f16"): HALF_F16,
+    ("gguf", "bf16"): HALF,
+    ("gguf", "q8_0"): EIGHT,
+    ("gguf", "q6_k"): SIX,
+    ("gguf", "q5_k_m"): FIVE,
+    ("gguf", "q4_k_m"): FOUR,
+    ("gguf", "adapter"): HALF_F16,
+}
