@@ -15,14 +15,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from burnish.data.template import ChatTemplate
 from burnish.errors import UserError, all_problems
+from burnish.export.ollama import adds_bos
+from burnish.export.source import Source
 from burnish.models.gguf_tokenizer import SPLITS, WHOLE_WORDS
-
-if TYPE_CHECKING:
-    from burnish.export.source import Source
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 _DIGIT = r"\p{N}"
@@ -116,7 +115,7 @@ def read_vocabulary(source: Source, rows: int) -> Vocabulary:
         )
     model = "gpt2" if byte_level else "llama"
     return Vocabulary(
-        model, pre, tokens, kinds, merges, scores, ids, source.tokenizer.adds_bos, bool(after), prefix,
+        model, pre, tokens, kinds, merges, scores, ids, adds_bos(source), bool(after), prefix,
         source.tokenizer.template, tuple(notes),
     )  # fmt: skip
 

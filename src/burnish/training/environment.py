@@ -11,9 +11,9 @@ _WANTED = {
     "TRANSFORMERS_VERBOSITY": "error",  # its advice is for its own trainer
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # and its bars would break our lines
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    # oneDNN and torch keep what they prepared for each shape of a product, a thousand of them, and every length
-    # is a shape. SmolLM2 on two cores, 20 steps of rows of many lengths: 2.29 GiB with a thousand, and growing;
-    # 1.43 GiB with so many, and no slower (143 and 146 s beside other work).
+    # oneDNN and torch keep what they prepared for each shape of a product, a thousand of them, and every
+    # length is a shape. SmolLM2 on two cores, 20 steps of rows of many lengths: 2.29 GiB and growing with a
+    # thousand; 1.43 GiB with so many, and no slower (143 s against 146 beside other work).
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "64",
 }
