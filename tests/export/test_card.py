@@ -183,7 +183,7 @@ def test_a_prompt_with_backticks_stays_in_its_fence(source: Source):
         ),
         ({"README.md": "no front matter\nlicense: mit"}, {}),
         ({"LICENSE": "\n   Apache License\n   Version 2.0, January 2004\n"}, {"license": "apache-2.0"}),
-        ({"LICENSE.txt": "MIT License\n\nCopyright"}, {"license": "mit"}),
+        ({"LICENSE.txt": "The MIT LICENSE\n\nCopyright"}, {"license": "mit"}),
         ({"LICENSE": "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT"}, {"license": "llama3.1"}),
         ({"LICENSE": "Do what you want"}, {}),
     ],

@@ -1,4 +1,4 @@
-"""A whole export: each family by each road, what is written beside it, and what is left where it goes wrong."""
+"""A whole export: each family by each road, what stands beside it, and what is left where one goes wrong."""
 
 from __future__ import annotations
 
@@ -158,6 +158,14 @@ def test_force_replaces_nothing_but_an_export(kind: str, llama: Tuned, tmp_path:
     assert tree(tmp_path) == before
 
 
+@pytest.mark.xfail(strict=True, reason="it says 'is not an adapter folder'")
+def test_what_force_does_not_replace_is_called_what_it_is(llama: Tuned, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letters.txt").write_text("dear")
+    with pytest.raises(UserError, match=r"is not an export"):
+        llama.export(tmp_path / "out", "hf", "f32", prove=False, force=True)
+
+
 def test_a_run_inside_the_folder_to_replace(llama: Tuned, tmp_path: Path):
     out = tmp_path / "out"
     shutil.copytree(llama.folder, out / "run")
@@ -303,11 +311,27 @@ def test_a_signal_while_writing(number: int, llama: Tuned, tmp_path: Path):
     code = killed(llama, tmp_path, number, "burnish.export.hf", "_write_tensor", 9, "--no-proof")
     assert code not in (0, 2)
     assert not (tmp_path / "out").exists()
-    left = [p.name for p in tmp_path.iterdir()]
     if number == signal.SIGINT:
-        assert left == []
+        assert list(tmp_path.iterdir()) == []
     done = llama.export(tmp_path / "out", "hf", "f32", prove=False)  # the next one is not in its way
     assert done.files and not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="SIGTERM ends the process where it stands")
+def test_sigterm_leaves_nothing_half_written_beside_it(llama: Tuned, tmp_path: Path):
+    """A scheduler's way to stop a job; half of a large model may be on the disk by then."""
+    assert killed(llama, tmp_path, signal.SIGTERM, "burnish.export.hf", "_write_tensor", 9, "--no-proof")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.xfail(strict=True, reason="the proof's folder has another name each time")
+def test_the_next_export_removes_what_a_killed_one_left(llama: Tuned, tmp_path: Path):
+    """The proof's own folder may hold the base as GGUF."""
+    assert killed(llama, tmp_path, signal.SIGKILL, "burnish.export.job", "ask_about", 1)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.proof-")
+    llama.export(tmp_path / "out", "hf", "f32")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -202,7 +203,7 @@ def test_limits_widen_with_rounding_and_every_one_is_below_a_lost_adapter():
     ]
     for keys in order:
         rows = [LIMITS[key] for key in keys]
-        for tighter, wider in zip(rows, rows[1:]):
+        for tighter, wider in pairwise(rows):
             assert tighter.mean <= wider.mean and tighter.worst <= wider.worst
             assert tighter.divergence <= wider.divergence
             assert tighter.least >= wider.least and tighter.most <= wider.most

@@ -60,7 +60,7 @@ def trained(place: Path, family: str = "llama", tied: bool | None = None, **chan
     pytest.importorskip("peft", reason="runs are trained with torch, transformers and peft")
     place.mkdir(parents=True, exist_ok=True)
     tiny_model(place / "base", family, tied=tied, **{**SIZES, **changes.pop("sizes", {})})
-    _quieten(place / "base" / "model.safetensors")
+    _quieten(place / "base" / "model.safetensors", changes.pop("quiet", 4))
     for name, part in (("train", rows(24)), ("valid", rows(12, 50))):
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     recipe: dict[str, Any] = {
@@ -140,11 +140,11 @@ def in_this_process() -> Iterator[None]:
             gc.unfreeze()
 
 
-def _quieten(path: Path) -> None:
+def _quieten(path: Path, to: float) -> None:
     """A smaller last norm. Logits of random weights lie so far apart that 8 bits move them by more than they
     move any trained model's, whose limits these are.
     """
     tensors = load_file(path)
     norm = tensors["model.norm.weight"]
-    tensors["model.norm.weight"] = norm * np.float32(4 / len(norm) ** 0.5)
+    tensors["model.norm.weight"] = norm * np.float32(to / len(norm) ** 0.5)
     save_file(tensors, path, {"format": "pt"})

@@ -1,8 +1,8 @@
 """A trained model opened for use: from a run, an adapter folder or a model folder, what asking it takes.
 
-    opened = open_folder(Path("runs/demo"), [])
-    opened.recipe, opened.adapter, opened.format
-    tokenizer = tokenizer_of(opened, spec.folder)
+opened = open_folder(Path("runs/demo"), [])
+opened.recipe, opened.adapter, opened.format
+tokenizer = tokenizer_of(opened, spec.folder)
 """
 
 from __future__ import annotations
