@@ -125,26 +125,22 @@ def test_a_failed_proof_is_exit_code_1(place: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_as_a_user_runs_it(place: Path):
-    """The console script and its children, nothing replaced; the folder opens in transformers alone."""
+    """The console script and its children, nothing replaced. Three rows: the trained model draws an answer to
+    each.
+    """
+    rows = read_base(place).parent.joinpath("valid.jsonl").read_text().splitlines(keepends=True)
+    (place / "valid.jsonl").write_text("".join(rows[:3]))
     code = "import sys; sys.argv[0] = 'burnish'; from burnish.cli import main; main()"
     env = {**os.environ, "PYTHONPATH": str(Path(burnish.__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, "-c", code, "export", "run", "out", "--json"],
+        [sys.executable, "-c", code, "export", "run", "out", "--json", "data.valid=valid.jsonl"],
         cwd=place, env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    assert facts["proof"]["passed"] and facts["proof"]["effect"] > 0.1
+    assert facts["proof"]["passed"] and facts["proof"]["greedy_prompts"] == 3
     assert facts["proof"]["survival"] == pytest.approx(1, abs=1e-3)
-    assert sorted(p.name for p in place.iterdir()) == ["base", "out", "run"]
-    code = (
-        "import sys; from transformers import AutoModelForCausalLM as M; M.from_pretrained(sys.argv[1])\n"
-        "print([m for m in sys.modules if m.startswith('burnish')])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, str(place / "out")], cwd=place, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.strip().endswith("[]"), done.stderr
+    assert sorted(p.name for p in place.iterdir()) == ["base", "out", "run", "valid.jsonl"]
 
 
 def test_an_adapter_folder_and_a_base_that_moved(place: Path):

@@ -23,6 +23,7 @@ from burnish.errors import UserError
 from burnish.export import answers as answers_
 from burnish.export.answers import Answers, Tokens, joined
 from burnish.export.questions import Asked, Questions
+from burnish.machine.blas import use_openblas
 from burnish.machine.child import ask, tell
 
 PROGRAMS = {"hf": "transformers", "mlx": "mlx-lm", "gguf": "llama-cpp-python"}
@@ -58,6 +59,7 @@ def _open(reading: Reading) -> Consumer:
 
         return open_llama(reading.model, reading.adapter)
     if reading.program == "mlx":
+        use_openblas()  # before mlx is imported
         from burnish.backends.mlx.stock import open_stock as open_mlx
 
         return open_mlx(reading.model, reading.adapter, reading.dtype)
@@ -67,7 +69,6 @@ def _open(reading: Reading) -> Consumer:
 
 
 def _answer(arguments: Sequence[str]) -> dict[str, Any]:
-    from burnish.machine.blas import use_openblas
     from burnish.machine.usage import peak_resident_bytes
     from burnish.training.environment import prepare_environment
 
@@ -77,8 +78,6 @@ def _answer(arguments: Sequence[str]) -> dict[str, Any]:
     said = request["reading"]
     adapter = Path(said["adapter"]) if said["adapter"] else None
     reading = Reading(said["program"], Path(said["model"]), adapter, said["dtype"], said["device"])
-    if reading.program == "mlx":
-        use_openblas()  # before mlx is imported
     consumer = _open(reading)
     try:
         nll = _losses(consumer, questions.rows, questions.targets)

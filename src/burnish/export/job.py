@@ -8,7 +8,7 @@ Nothing of the final name exists before the proof is passed; an interruption lea
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,18 +74,24 @@ def export(source: Source, request: Request, say: Callable[[str], object]) -> Ex
     need = kind.n_bytes(source.base, type) + SPARE_DISK_BYTES
     check_disk(out.parent, need, "free some space, or choose another disk")
     seconds: dict[str, float] = {}
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.proof-", dir=out.parent) as between:
-        place = Path(between)
-        asked = _asked(source, kind, place, seconds, say) if request.prove else None
-        with replacing(out) as partial:
-            with _timed(seconds, "write"):
-                say(f"writing {kind.name} {type}")
-                notes = kind.write(source, partial, type)
-            proof = None
-            if asked is not None:
-                with _timed(seconds, "proof"):
-                    proof = _proven(source, kind, type, partial, place, *asked, say)
-            _write_words(source, kind, type, partial, proof)
+    try:
+        with _between(out) as place:
+            asked = _asked(source, kind, place, seconds, say) if request.prove else None
+            with replacing(out) as partial:
+                with _timed(seconds, "write"):
+                    say(f"writing {kind.name} {type}")
+                    notes = kind.write(source, partial, type)
+                proof = None
+                if asked is not None:
+                    with _timed(seconds, "proof"):
+                        proof = _proven(source, kind, type, partial, place, *asked, say)
+                _write_words(source, kind, type, partial, proof)
+    except OSError as e:
+        raise UserError(
+            f"{out} could not be written, and nothing of it was left: {e.strerror or e}",
+            "free some space, or choose another place",
+            EXIT_FAILED,
+        ) from e
     files = {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
     return Exported(out, kind.name, type, files, tuple(notes), seconds, peak_resident_bytes(), proof)
 
@@ -170,6 +176,18 @@ def _write_words(source: Source, kind: Target, type: str, folder: Path, proof: P
         "sha256": sums,
     }
     write_json(folder / MARK, said)
+
+
+@contextmanager
+def _between(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for what the two sides of the proof leave for each other, perhaps a base model."""
+    place = out.parent / f".{out.name}.proof"
+    shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
+    place.mkdir()
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager
