@@ -189,8 +189,6 @@ class Case:
     code: int
 
 
-# Found where the adapter is read: by the child that asks it, and again by the writer.
-LATE = ("another_base", "adapter_cut_short", "adapter_of_another_kind")
 CASES: list[Case] = []
 
 
@@ -322,10 +320,7 @@ def adapter_of_another_kind(place: Path) -> list[str]:
 
 @pytest.mark.parametrize("more", [[], ["--no-proof"]], ids=["proven", "unproven"])
 @pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
-def test_what_is_refused(case: Case, more: list[str], place: Path, request: pytest.FixtureRequest):
-    if case.name in LATE and not more:
-        why = "the trained model is asked before the adapter is looked at"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
+def test_what_is_refused(case: Case, more: list[str], place: Path):
     if more and case.name.endswith("rows_gone"):
         pytest.skip("without a proof no data is read")
     args = case.spoil(place)

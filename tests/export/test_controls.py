@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from burnish.errors import EXIT_FAILED, UserError
+from burnish.errors import UserError
 from burnish.export import targets
 from burnish.export.adapter import Adapter, read_adapter
 from burnish.export.merged import Merged
 from burnish.export.source import Source
 from tests.export.broken import fused_into_4bit
-from tests.export.world import Tuned, needs, roads, trained
+from tests.export.world import Tuned, changed, edited, left, needs, refused, roads, trained
 
 MERGED = (("hf", "f32"), ("hf", "bf16"), ("gguf", "q8_0"), ("mlx", "16bit"), ("mlx", "8bit"))
 
@@ -37,35 +37,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     """Trained without a chat template, so prompts are text."""
     return Tuned(trained(tmp_path_factory.mktemp("plain"), "llama", data={"chat_template": "never"}))
-
-
-def refused(tuned: Tuned, place: Path, *road: Any, **how: Any) -> str:
-    """What the proof says of it. It is gone."""
-    with pytest.raises(UserError, match="not the model that was trained, and was removed") as e:
-        tuned.export(place / "out", *road, **how)
-    assert e.value.exit_code == EXIT_FAILED and list(place.iterdir()) == []
-    return e.value.message.partition("It failed: ")[2]
-
-
-def left(said: str) -> float:
-    """The share of the adapter that a failed proof names."""
-    found = re.search(r"(-?\d+\.\d)% of the adapter's effect is left; expected \d+% to 1\d\d%", said)
-    assert found, said
-    return float(found[1]) / 100
-
-
-def changed(change: Callable[[Path], object]) -> Callable[..., None]:
-    """The export as it should be, then spoilt."""
-
-    def write(kind: Any, source: Source, folder: Path, type: str) -> None:
-        kind.write(source, folder, type)
-        change(folder)
-
-    return write
-
-
-def edited(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 # --- the adapter ---
@@ -85,31 +56,22 @@ def only(*leaves: str) -> Callable[[Adapter], Adapter]:
     return lambda a: replace(a, modules={m: ab for m, ab in a.modules.items() if m.endswith(leaves)})
 
 
+BROKEN: dict[str, tuple[Callable[[Adapter], Adapter], float, float]] = {  # and what may be left of it
+    "left out": (lambda a: a.scaled(0.0), -0.02, 0.02),
+    "scale halved": (lambda a: a.scaled(0.5), 0.2, 0.9),
+    "a layer left out": (without_a_layer, 0.0, 0.95),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
 @pytest.mark.parametrize(("to", "type"), roads(*MERGED))
-def test_the_adapter_was_left_out(
-    to: str, type: str, llama: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_adapter_is_not_all_there(
+    to: str, type: str, what: str, llama: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     needs(to)
-    adapted(monkeypatch, lambda a: a.scaled(0.0))
-    assert abs(left(refused(llama, tmp_path, to, type))) < 0.02
-
-
-@pytest.mark.parametrize(("to", "type"), roads(*MERGED))
-def test_its_scale_was_halved(
-    to: str, type: str, llama: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    needs(to)
-    adapted(monkeypatch, lambda a: a.scaled(0.5))
-    assert 0.2 < left(refused(llama, tmp_path, to, type)) < 0.9
-
-
-@pytest.mark.parametrize(("to", "type"), roads(*MERGED))
-def test_a_layer_was_left_out(
-    to: str, type: str, llama: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    needs(to)
-    adapted(monkeypatch, without_a_layer)
-    assert left(refused(llama, tmp_path, to, type)) < 0.95
+    by, low, high = BROKEN[what]
+    adapted(monkeypatch, by)
+    assert low < left(refused(llama, tmp_path, to, type)) < high
 
 
 def test_its_projections_of_the_mlp_were_left_out(
@@ -151,7 +113,7 @@ def test_an_adapter_alone_whose_heads_are_not_as_llama_cpp_has_them(
 
     true = gguf_tensors.interleaved
     monkeypatch.setattr(gguf, "interleaved", lambda b, _: true(b, heads) if heads else b)
-    assert left(refused(llama, tmp_path, "gguf", "adapter", True)) < 0.99
+    assert "nats on average, more than 0.005" in refused(llama, tmp_path, "gguf", "adapter", True)
 
 
 @pytest.mark.llama
@@ -164,7 +126,7 @@ def test_rows_of_q_and_k_were_not_interleaved(
 
     monkeypatch.setattr(gguf_tensors, "interleaved", lambda chunk, _: chunk)
     said = refused(llama, tmp_path, to, "q8_0")
-    assert "on average, more than 0.05" in said and "nats, more than 0.6" in said
+    assert "on average, more than 0.05" in said and "nats, more than 2" in said
 
 
 # --- weights ---
@@ -265,16 +227,13 @@ def test_theta_is_not_where_mlx_lm_looks_for_it(type: str, llama: Tuned, tmp_pat
     assert "on average" in refused(llama, tmp_path, "mlx", type, write=changed(spoil))
 
 
-def test_one_merge_of_the_tokenizer_is_lost(llama: Tuned, tmp_path: Path):
-    said = refused(llama, tmp_path, "hf", "f32", write=changed(without_a_merge))
-    assert re.fullmatch(r"transformers \S+ reads 100% of the prompts as other tokens\.", said)
-
-
-@pytest.mark.parametrize("type", ["16bit", "8bit"])
-def test_one_merge_is_lost_for_mlx_lm(type: str, llama: Tuned, tmp_path: Path):
-    needs("mlx")
-    said = refused(llama, tmp_path, "mlx", type, write=changed(without_a_merge))
-    assert re.fullmatch(r"mlx-lm \S+ reads 100% of the prompts as other tokens\.", said)
+@pytest.mark.parametrize(
+    ("to", "type", "program"), [("hf", "f32", "transformers"), ("mlx", "16bit", "mlx-lm")]
+)
+def test_one_merge_of_the_tokenizer_is_lost(to: str, type: str, program: str, llama: Tuned, tmp_path: Path):
+    needs(to)
+    said = refused(llama, tmp_path, to, type, write=changed(without_a_merge))
+    assert re.fullmatch(rf"{program} \S+ reads 100% of the prompts as other tokens\.", said)
 
 
 @pytest.mark.llama
@@ -340,11 +299,6 @@ def test_a_token_is_put_before_every_text(to: str, plain: Tuned, tmp_path: Path)
     assert "reads 100% of the prompts" in refused(plain, tmp_path, to, type, write=changed(spoil))
 
 
-# What ends an answer is asked of no program: the proof hands each of them the stop tokens of training.
-STOP = pytest.mark.xfail(strict=True, reason="the proof tells each program what ends an answer")
-
-
-@STOP
 def test_transformers_is_told_another_end(llama: Tuned, tmp_path: Path):
     """`generate` would go on past the answer."""
 
@@ -353,48 +307,24 @@ def test_transformers_is_told_another_end(llama: Tuned, tmp_path: Path):
         assert said["eos_token_id"] == 2
         edited(folder / "generation_config.json", eos_token_id=0)
 
-    refused(llama, tmp_path, "hf", "f32", write=changed(spoil))
-
-
-@STOP
-@pytest.mark.llama
-def test_the_modelfile_names_no_end(llama: Tuned, tmp_path: Path):
-    needs("ollama")
-
-    def spoil(folder: Path) -> None:
-        lines = (folder / "Modelfile").read_text().splitlines(keepends=True)
-        kept = [line for line in lines if not line.startswith("PARAMETER stop")]
-        assert len(kept) < len(lines)
-        (folder / "Modelfile").write_text("".join(kept))
-
-    refused(llama, tmp_path, "ollama", "q8_0", write=changed(spoil))
+    assert "does not end an answer" in refused(llama, tmp_path, "hf", "f32", write=changed(spoil))
 
 
 OTHER = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
 
 
-@pytest.mark.parametrize("to", ["hf", "mlx"])
-def test_another_chat_template(to: str, llama: Tuned, tmp_path: Path):
+@pytest.mark.parametrize("other", [OTHER, None])
+@pytest.mark.parametrize(("to", "type"), [("hf", "f32"), ("mlx", "8bit")])
+def test_another_chat_template_or_none(to: str, type: str, other: str | None, llama: Tuned, tmp_path: Path):
     needs(to)
 
     def spoil(folder: Path) -> None:
-        assert "<|im_start|>" in (folder / "chat_template.jinja").read_text()
-        (folder / "chat_template.jinja").write_text(OTHER)
+        path = folder / "chat_template.jinja"
+        assert "<|im_start|>" in path.read_text()
+        path.write_text(other) if other else path.unlink()
 
-    type = {"hf": "f32", "mlx": "8bit"}[to]
     said = refused(llama, tmp_path, to, type, write=changed(spoil))
     assert re.fullmatch(r"\S+ \S+ reads 100% of the prompts as other tokens\.", said)
-
-
-@pytest.mark.parametrize("to", ["hf", "mlx"])
-def test_no_chat_template(to: str, llama: Tuned, tmp_path: Path):
-    needs(to)
-
-    def spoil(folder: Path) -> None:
-        (folder / "chat_template.jinja").unlink()
-
-    type = {"hf": "f32", "mlx": "8bit"}[to]
-    assert "reads 100% of the prompts" in refused(llama, tmp_path, to, type, write=changed(spoil))
 
 
 @pytest.mark.llama
@@ -461,3 +391,13 @@ def test_unspoilt_they_pass(to: str, type: str, llama: Tuned, plain: Tuned, tmp_
             continue  # prompts without roles have no Modelfile
         done = tuned.export(tmp_path / name, to, type)
         assert done.proof is not None and done.proof.passed
+
+
+@pytest.mark.parametrize(("to", "type"), roads(("hf", "bf16"), ("gguf", "q8_0")))
+def test_a_faint_adapter_passes_too(
+    to: str, type: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+):
+    """A short run at a small rate: it moves a token by 0.01 nats, and rounding the base as much or more."""
+    needs(to)
+    run = trained(tmp_path_factory.mktemp("faint"), "llama", tied=False, train={"lr": 1e-4})
+    assert Tuned(run).export(tmp_path / "out", to, type).proof

@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama tied": {"family": "llama", "tied": True},
     "mistral": {"family": "mistral", "tied": False, "sizes": {"seed": 1}},
     "qwen3": {"family": "qwen3"},  # heads wider than hidden / heads, norms on them
+    "llama bfloat16": {"family": "llama", "tied": False, "stored": "bfloat16"},
 }
 HERE = Path(__file__).parents[2]
 
@@ -55,6 +56,7 @@ def check_written(done: Exported, out: Path, to: str) -> None:
     proof = done.proof
     assert proof is not None and proof.passed and done.out == out
     assert proof.program.startswith(PROGRAMS[to] + " ") and proof.live.startswith("burnish ")
+    assert proof.dtype == "float32"  # as the trained model, so that no arithmetic of 16 bits is between them
     assert proof.origin == "validation rows" and proof.targets > 200 and proof.greedy_prompts == 8
     assert proof.effect > 0.1 and proof.survival is not None and proof.read_alike == 1
     told = json.loads((out / "proof.json").read_text())
@@ -158,7 +160,6 @@ def test_force_replaces_nothing_but_an_export(kind: str, llama: Tuned, tmp_path:
     assert tree(tmp_path) == before
 
 
-@pytest.mark.xfail(strict=True, reason="it says 'is not an adapter folder'")
 def test_what_force_does_not_replace_is_called_what_it_is(llama: Tuned, tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letters.txt").write_text("dear")
@@ -239,7 +240,7 @@ def test_stopped_half_way_nothing_is_left(
         monkeypatch.setattr(job, "card", stop)
     if where == "rename":
         monkeypatch.setattr(folders, "_put_in_place", stop)
-    with pytest.raises(error if isinstance(error, type) else OSError):
+    with pytest.raises(error if isinstance(error, type) else UserError):
         llama.export(tmp_path / "out", "hf", "f32", prove=False, write=half if where == "write" else None)
     assert list(tmp_path.iterdir()) == []
 
@@ -317,19 +318,17 @@ def test_a_signal_while_writing(number: int, llama: Tuned, tmp_path: Path):
     assert done.files and not (tmp_path / ".out.partial").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="SIGTERM ends the process where it stands")
 def test_sigterm_leaves_nothing_half_written_beside_it(llama: Tuned, tmp_path: Path):
     """A scheduler's way to stop a job; half of a large model may be on the disk by then."""
     assert killed(llama, tmp_path, signal.SIGTERM, "burnish.export.hf", "_write_tensor", 9, "--no-proof")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="the proof's folder has another name each time")
 def test_the_next_export_removes_what_a_killed_one_left(llama: Tuned, tmp_path: Path):
     """The proof's own folder may hold the base as GGUF."""
     assert killed(llama, tmp_path, signal.SIGKILL, "burnish.export.job", "ask_about", 1)
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".out.proof-")
+    assert left.name == ".out.proof"
     llama.export(tmp_path / "out", "hf", "f32")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

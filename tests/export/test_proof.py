@@ -118,7 +118,7 @@ def test_the_divergence():
 
 
 def test_nothing_drawn_and_nothing_asked():
-    none = {"drawn": np.zeros(0, np.float32), "greedy": (), "prompts": ()}
+    none: dict[str, Any] = {"drawn": np.zeros(0, np.float32), "greedy": (), "prompts": ()}
     proof = judged(EXACT, answers(**none), **none)
     assert (proof.divergence, proof.greedy, proof.read_alike, proof.greedy_prompts) == (None, None, None, 0)
     assert proof.passed and "greedy" not in proof.paragraph and "prompts" not in proof.paragraph
@@ -145,6 +145,7 @@ def test_no_limit_is_wide_enough_for_what_is_no_number(value: float):
     nll[0] = value
     proof = judged(WIDE, nll=nll)
     assert "it scores NaN or infinity" in proof.failures and not proof.passed
+    assert sum("on average" in f or "one token" in f for f in proof.failures) == 2
 
 
 def test_what_is_no_number_among_the_drawn():
@@ -166,7 +167,7 @@ def test_every_failure_is_listed():
 
 def test_every_limit_decides():
     """Just within passes, just beyond does not, for each of the five."""
-    export = {"nll": BASE + CHANGE * np.float32(0.9), "drawn": DRAWN + np.float32(0.1)}
+    export: dict[str, Any] = {"nll": BASE + CHANGE * np.float32(0.9), "drawn": DRAWN + np.float32(0.1)}
     at = judged(WIDE, **export)
     assert at.survival is not None and at.divergence is not None
     exact = Limits(at.mean, at.worst, at.divergence, at.survival, at.survival, "what it is")
@@ -178,7 +179,8 @@ def test_every_limit_decides():
 
 
 def test_answers_to_other_questions():
-    for change in ({"nll": BASE[:-1]}, {"drawn": DRAWN[1:]}):
+    others: list[dict[str, Any]] = [{"nll": BASE[:-1]}, {"drawn": DRAWN[1:]}]
+    for change in others:
         with pytest.raises(ValueError, match="not to the same questions"):
             judged(WIDE, **change)
     with pytest.raises(ValueError, match="not to the same questions"):
@@ -189,7 +191,7 @@ def test_answers_to_other_questions():
 
 @pytest.mark.parametrize("value", [None, np.nan])
 def test_it_is_json_and_says_what_was_allowed(value: float | None):
-    changes = {} if value is None else {"drawn": DRAWN * np.float32(value)}
+    changes: dict[str, Any] = {} if value is None else {"drawn": DRAWN * np.float32(value)}
     told = json.loads(json.dumps(judged(**changes).as_json()))
     assert told["passed"] is (value is None) and told["limits"]["mean"] == EXACT.mean
     assert told["limits"]["why"] and told["failures"] == list(judged(**changes).failures)

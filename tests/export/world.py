@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import load_file, save_file
 
+from burnish.errors import EXIT_FAILED, UserError
 from burnish.export import consume, job, live, questions
 from burnish.export.answers import Answers
 from burnish.export.job import Exported, Request
@@ -55,12 +55,12 @@ def rows(n: int, first: int = 0) -> list[dict[str, str]]:
 def trained(place: Path, family: str = "llama", tied: bool | None = None, **changes: Any) -> Path:
     """A run folder: `burnish train` in this process, at a rate at which a few steps move the model far.
 
-    changes: of the recipe, section by section; `sizes` are tiny_model's.
+    changes: of the recipe, section by section; `sizes` are tiny_model's, `quiet` and `stored` of `_quieten`.
     """
     pytest.importorskip("peft", reason="runs are trained with torch, transformers and peft")
     place.mkdir(parents=True, exist_ok=True)
     tiny_model(place / "base", family, tied=tied, **{**SIZES, **changes.pop("sizes", {})})
-    _quieten(place / "base" / "model.safetensors", changes.pop("quiet", 4))
+    _quieten(place / "base", changes.pop("quiet", 4), changes.pop("stored", "float32"))
     for name, part in (("train", rows(24)), ("valid", rows(12, 50))):
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     recipe: dict[str, Any] = {
@@ -117,12 +117,48 @@ class Tuned:
 
         def found(to: str, alone: bool) -> Target:
             kind = target(to, alone)
-            return replace(kind, write=lambda s, f, t: write(kind, s, f, t) or []) if write else kind
+            own = write
+            return kind if own is None else replace(kind, write=lambda s, f, t: own(kind, s, f, t) or [])
 
         with in_this_process(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(job, "ask_live", lambda *_: live)
             patch.setattr(job, "target", found)
             return job.export(source or self.source, Request(to, type, out, alone, **asked), lambda _: None)
+
+
+# --- broken ones ---
+
+
+def refused(tuned: Tuned, place: Path, *road: Any, **how: Any) -> str:
+    """What the proof says of it. It is gone."""
+    with pytest.raises(UserError, match="not the model that was trained, and was removed") as e:
+        tuned.export(place / "out", *road, **how)
+    assert e.value.exit_code == EXIT_FAILED and list(place.iterdir()) == []
+    return e.value.message.partition("It failed: ")[2]
+
+
+def left(said: str) -> float:
+    """The share of the adapter that a failed proof names."""
+    found = re.search(r"(-?\d+\.\d)% of the adapter's effect is left; expected \d+% to 1\d\d%", said)
+    assert found, said
+    return float(found[1]) / 100
+
+
+def changed(change: Callable[[Path], object]) -> Callable[..., None]:
+    """The export as it should be, then spoilt."""
+
+    def write(kind: Any, source: Source, folder: Path, type: str) -> None:
+        kind.write(source, folder, type)
+        change(folder)
+
+    return write
+
+
+def edited(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# --- how it is done ---
 
 
 @contextmanager
@@ -140,11 +176,17 @@ def in_this_process() -> Iterator[None]:
             gc.unfreeze()
 
 
-def _quieten(path: Path, to: float) -> None:
+def _quieten(base: Path, to: float, stored: str) -> None:
     """A smaller last norm. Logits of random weights lie so far apart that 8 bits move them by more than they
-    move any trained model's, whose limits these are.
+    move any trained model's, whose limits these are. stored: torch's name of the dtype in the file.
     """
-    tensors = load_file(path)
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(base / "model.safetensors")
     norm = tensors["model.norm.weight"]
-    tensors["model.norm.weight"] = norm * np.float32(to / len(norm) ** 0.5)
-    save_file(tensors, path, {"format": "pt"})
+    tensors["model.norm.weight"] = norm * (to / len(norm) ** 0.5)
+    narrow = {name: value.to(getattr(torch, stored)) for name, value in tensors.items()}
+    save_file(narrow, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": stored}))

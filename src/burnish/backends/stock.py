@@ -35,6 +35,10 @@ class Consumer(Protocol):
         """Of a text that holds special tokens as text, with what the program adds by itself (BOS)."""
         ...
 
+    def ends(self, token: int) -> bool | None:
+        """Whether the program by itself ends an answer at this token. None: an adapter has no say in it."""
+        ...
+
     def close(self) -> None:
         """Lets go of the model's memory; the consumer is not used afterwards."""
         ...

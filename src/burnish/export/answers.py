@@ -27,6 +27,7 @@ class Answers:
     device: str
     program: str  # name and version
     peak_bytes: int  # resident, of the process that answered
+    goes_on: tuple[int, ...] = ()  # tokens that ended answers in training, and do not here
 
 
 def save(answers: Answers, path: Path) -> None:
@@ -43,6 +44,7 @@ def load(path: Path) -> Answers:
         numbers = {k: stored[k] for k in stored.files if k != "words"}
     for key in ("greedy", "draws"):
         words[key] = tuple(map(tuple, words[key]))
+    words["goes_on"] = tuple(words["goes_on"])
     words["prompts"] = tuple(None if p is None else tuple(p) for p in words["prompts"])
     return Answers(**numbers, **words)
 

@@ -89,13 +89,15 @@ def _answer(arguments: Sequence[str]) -> dict[str, Any]:
             tuple(consumer.greedy(p, questions.max_new_tokens, questions.stop_ids)) for p in prompts
         )
         own = tuple(_read(consumer, a) for a in questions.asked)
+        goes_on = tuple(i for i in questions.ends if consumer.ends(i) is False)
     finally:
         consumer.close()
     name = PROGRAMS[reading.program]
     program = f"{name} {importlib.metadata.version(name)}"
     found = Answers(
-        nll, drawn, greedy, (), own, joined([]), reading.dtype, reading.device, program, peak_resident_bytes()
-    )
+        nll, drawn, greedy, (), own, joined([]), reading.dtype, reading.device, program,
+        peak_resident_bytes(), goes_on,
+    )  # fmt: skip
     answers_.save(found, Path(arguments[2]))
     return {"saved": arguments[2]}
 

@@ -23,6 +23,7 @@ from burnish.export.consume import Reading, ask_program
 from burnish.export.go_template import ollama_prompt, parse
 from burnish.export.limits import LIMITS
 from burnish.export.live import ask_live, live_plan
+from burnish.export.merged import Merged
 from burnish.export.modelfile import parse_modelfile
 from burnish.export.proof import Proof, judge
 from burnish.export.questions import Questions, ask_about
@@ -71,6 +72,8 @@ def export(source: Source, request: Request, say: Callable[[str], object]) -> Ex
     out = request.out.resolve()
     check_out(source.folder, out, request.force, MARK)
     kind.check(source, type)
+    if not request.lora_only:
+        Merged(source.base, source.adapter)  # an adapter that cannot be merged is said now
     need = kind.n_bytes(source.base, type) + SPARE_DISK_BYTES
     check_disk(out.parent, need, "free some space, or choose another disk")
     seconds: dict[str, float] = {}
@@ -180,7 +183,7 @@ def _write_words(source: Source, kind: Target, type: str, folder: Path, proof: P
 
 @contextmanager
 def _between(out: Path) -> Iterator[Path]:
-    """A folder beside `out` for what the two sides of the proof leave for each other, perhaps a base model."""
+    """A folder beside `out` for what both sides of the proof leave for each other, perhaps a base model."""
     place = out.parent / f".{out.name}.proof"
     shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
     place.mkdir()

@@ -138,6 +138,10 @@ class Llama:
                 found[at : at + len(part)] = logits[np.arange(len(part)), chosen] - total
         return found
 
+    def ends(self, token: int) -> bool | None:
+        """As `Consumer.ends`: llama.cpp knows eos, eot and their like from the file's keys."""
+        return bool(self._cpp.llama_vocab_is_eog(self._vocab, token))
+
     def greedy(self, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]) -> list[int]:
         """The likeliest answer by llama.cpp's own sampler; a stop id ends it and is not part of it."""
         cpp = self._cpp

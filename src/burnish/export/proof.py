@@ -19,6 +19,7 @@ from burnish.export.answers import Answers
 from burnish.export.limits import Limits
 
 _NOTHING = 1e-5  # nats: less than this on average is no effect but the arithmetic's own noise
+_MOST_NOISE = 0.25  # a lost or halved adapter is never within the noise
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Proof:
     dtype: str  # the export was computed in
     targets: int
     origin: str  # of the rows
+    noise: float  # standard error of `survival`, from what differs beside the adapter's effect
     mean: float  # |difference| of a target's loss, in nats
     worst: float
     divergence: float | None  # KL(live ‖ export) in nats a token, on tokens that the live model drew
@@ -83,7 +85,7 @@ def judge(live: Answers, export: Answers, limits: Limits, origin: str) -> Proof:
     off = np.abs(export.nll.astype(np.float64) - live.nll)
     change = live.nll.astype(np.float64) - live.base
     effect = float(np.abs(change).mean())
-    survival = float((export.nll - live.base) @ change / (change @ change)) if effect > _NOTHING else None
+    survival, noise = _survival(export.nll - live.nll.astype(np.float64), change)
     drawn = export.drawn.astype(np.float64) - live.drawn
     same = [a == b for a, b in zip(live.greedy, export.greedy, strict=True)]
     read = [a == b for a, b in zip(live.prompts, export.prompts, strict=True)]
@@ -93,6 +95,7 @@ def judge(live: Answers, export: Answers, limits: Limits, origin: str) -> Proof:
         dtype=export.dtype,
         targets=len(off),
         origin=origin,
+        noise=noise,
         mean=float(off.mean()),
         worst=float(off.max()),
         divergence=float(drawn.mean()) if len(drawn) else None,
@@ -108,6 +111,16 @@ def judge(live: Answers, export: Answers, limits: Limits, origin: str) -> Proof:
     return Proof(**{**vars(proof), "failures": tuple(_failures(proof, export))})
 
 
+def _survival(off: np.ndarray, change: np.ndarray) -> tuple[float | None, float]:
+    """The share of `change` that is there, its standard error. off: export − live; change: live − base."""
+    size = float(change @ change)
+    if np.abs(change).mean() <= _NOTHING:
+        return None, 0.0
+    share = 1 + float(off @ change) / size
+    rest = off - (share - 1) * change
+    return share, float(np.sqrt((rest @ rest) / size / len(off)))
+
+
 def _failures(proof: Proof, export: Answers) -> list[str]:
     limits, found = proof.limits, []
     if not np.isfinite(export.nll).all():
@@ -116,7 +129,9 @@ def _failures(proof: Proof, export: Answers) -> list[str]:
         found.append(f"tokens differ by {proof.mean:.2e} nats on average, more than {limits.mean:g}")
     if not proof.worst <= limits.worst:
         found.append(f"one token differs by {proof.worst:.2e} nats, more than {limits.worst:g}")
-    if proof.survival is not None and not limits.least <= proof.survival <= limits.most:
+    # Of a faint adapter rounding alone moves the share; what three standard errors explain is no loss.
+    beside = min(3 * proof.noise, _MOST_NOISE)
+    if proof.survival is not None and not limits.least - beside <= proof.survival <= limits.most + beside:
         found.append(
             f"{proof.survival:.1%} of the adapter's effect is left; expected {limits.least:.0%} to "
             f"{limits.most:.0%}"
@@ -125,6 +140,8 @@ def _failures(proof: Proof, export: Answers) -> list[str]:
         found.append(
             f"its answers diverge by {proof.divergence:.2e} nats a token, more than {limits.divergence:g}"
         )
+    if export.goes_on:
+        found.append(f"{proof.program} does not end an answer at token {', '.join(map(str, export.goes_on))}")
     if proof.read_alike is not None and proof.read_alike < 1:
         found.append(f"{proof.program} reads {1 - proof.read_alike:.0%} of the prompts as other tokens")
     return found

@@ -46,6 +46,7 @@ class Questions:
     max_new_tokens: int
     drawn_tokens: int
     origin: str  # 'validation rows' or 'training rows'
+    ends: tuple[int, ...] = ()  # the tokens that end the rows' answers
 
     @property
     def n_targets(self) -> int:
@@ -59,7 +60,8 @@ class Questions:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         asked = tuple(Asked(tuple(a["tokens"]), tuple(a["messages"]), a["text"]) for a in raw["asked"])
         rows, targets = (tuple(tuple(row) for row in raw[key]) for key in ("rows", "targets"))
-        return replace(cls(**raw), rows=rows, targets=targets, asked=asked, stop_ids=tuple(raw["stop_ids"]))
+        stops = {key: tuple(raw[key]) for key in ("stop_ids", "ends")}
+        return replace(cls(**raw), rows=rows, targets=targets, asked=asked, **stops)
 
 
 def ask_about(source: Source) -> Questions:
@@ -90,8 +92,10 @@ def ask_about(source: Source) -> Questions:
     if not count:
         raise UserError(f"the {origin} hold nothing to score", "burnish data RECIPE   shows what is trained")
     asked = _asked(source, prepared, part.conversations, max(len(row) for row in rows))
+    stop_ids = source.tokenizer.stop_ids
+    ends = {row[at[-1]] for row, at in zip(rows, targets, strict=True)} & set(stop_ids)
     return Questions(
-        tuple(rows), tuple(targets), asked, source.tokenizer.stop_ids, NEW_TOKENS, DRAWN_TOKENS, origin
+        tuple(rows), tuple(targets), asked, stop_ids, NEW_TOKENS, DRAWN_TOKENS, origin, tuple(sorted(ends))
     )
 
 

@@ -37,7 +37,7 @@ def check_out(source: Path, out: Path, force: bool, mark: str = MODEL) -> None:
         raise UserError(f"{out} exists", "choose another name, or pass --force to replace it")
     # --force replaces a model, never a home folder given by mistake.
     if not out.is_dir() or (any(out.iterdir()) and not (out / mark).is_file()):
-        kind = "a model" if mark == MODEL else "an adapter"
+        kind = {MODEL: "a model", ADAPTER: "an adapter"}.get(mark, "an export")
         raise UserError(
             f"{out} is not {kind} folder (it has no {mark}), so --force does not replace it",
             "choose another name",

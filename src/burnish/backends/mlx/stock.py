@@ -30,8 +30,8 @@ _AT_A_TIME = 64  # rows of logits in float64: 64 × 150,000 words are 77 MB
 class StockMlx:
     """mlx-lm's model and tokenizer behind `Consumer`."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: Any, adapted: bool) -> None:
+        self._model, self._tokenizer, self._adapted = model, tokenizer, adapted
 
     def score(self, tokens: Sequence[int]) -> np.ndarray:
         """float32 [T - 1], as `Consumer.score`. The softmax is NumPy's, in float64: MLX's on a CPU adds up a
@@ -60,6 +60,10 @@ class StockMlx:
                     break
                 answer.append(int(token))
         return answer
+
+    def ends(self, token: int) -> bool | None:
+        """As `Consumer.ends`, by the ids that mlx-lm's tokenizer has from the folder."""
+        return None if self._adapted else token in self._tokenizer.eos_token_ids
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """As `Consumer.prompt`, by the wrapper's `apply_chat_template`."""
@@ -111,4 +115,4 @@ def open_stock(folder: Path, adapter: Path | None = None, dtype: str = "auto") -
         ) from e
     if dtype != "auto":
         model.set_dtype(DTYPES[dtype])
-    return StockMlx(model, tokenizer)
+    return StockMlx(model, tokenizer, adapter is not None)

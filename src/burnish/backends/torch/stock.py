@@ -30,8 +30,8 @@ _AT_A_TIME = 64  # rows of logits in float64: 64 × 150,000 words are 77 MB
 class StockTorch:
     """transformers' model and tokenizer behind `Consumer`."""
 
-    def __init__(self, model: Any, tokenizer: Any, device: torch.device) -> None:
-        self._model, self._tokenizer, self._device = model, tokenizer, device
+    def __init__(self, model: Any, tokenizer: Any, device: torch.device, ends: set[int] | None) -> None:
+        self._model, self._tokenizer, self._device, self._ends = model, tokenizer, device, ends
 
     @torch.inference_mode()
     def score(self, tokens: Sequence[int]) -> np.ndarray:
@@ -66,6 +66,10 @@ class StockTorch:
             )
         answer = made[0, ids.shape[1] :].tolist()
         return answer[:-1] if answer and answer[-1] in set(stop_ids) else answer
+
+    def ends(self, token: int) -> bool | None:
+        """As `Consumer.ends`, by generation_config.json."""
+        return None if self._ends is None else token in self._ends
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """As `Consumer.prompt`, by `apply_chat_template`."""
@@ -116,13 +120,15 @@ def open_stock(
             f"{folder} lacks weights that transformers' model has:", problems, "write or download it again"
         )
     # `generate` would take from here what is not said to it: a model's own penalties and temperature.
+    ends = model.generation_config.eos_token_id
     model.generation_config = GenerationConfig()
     if adapter is not None:
         model = _with_adapter(model, adapter)
     where = torch.device(device)
     with translated():
         model = model.to(where).eval()
-    return StockTorch(model, tokenizer, where)
+    named: list[int] = [ends] if isinstance(ends, int) else list(ends or ())
+    return StockTorch(model, tokenizer, where, None if adapter is not None else set(named))
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:
