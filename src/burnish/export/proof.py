@@ -19,7 +19,7 @@ from burnish.export.answers import Answers
 from burnish.export.limits import Limits
 
 _NOTHING = 1e-5  # nats: less than this on average is no effect but the arithmetic's own noise
-_MOST_NOISE = 0.25  # a lost or halved adapter is never within the noise
+_LEAST_SHARE = 0.65  # whatever the noise: a halved adapter may show a little more than a half
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _failures(proof: Proof, export: Answers) -> list[str]:
     if not proof.worst <= limits.worst:
         found.append(f"one token differs by {proof.worst:.2e} nats, more than {limits.worst:g}")
     # Of a faint adapter rounding alone moves the share; what three standard errors explain is no loss.
-    beside = min(3 * proof.noise, _MOST_NOISE)
+    beside = max(0.0, min(3 * proof.noise, limits.least - _LEAST_SHARE))
     if proof.survival is not None and not limits.least - beside <= proof.survival <= limits.most + beside:
         found.append(
             f"{proof.survival:.1%} of the adapter's effect is left; expected {limits.least:.0%} to "
