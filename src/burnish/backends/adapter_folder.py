@@ -23,6 +23,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from burnish.errors import Unsupported, UserError, all_problems
+from burnish.models.weights import widened
 from burnish.planning.plan import Plan
 
 ADAPTER, CONFIG, OPTIMIZER = "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors"
@@ -122,14 +123,11 @@ def read_weights(folder: Path, plan: Plan, expected: Shapes | None = None) -> di
 
 
 def read_floats(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file in float32, widened where it is stored in 16 bits.
-
-    NumPy has no bfloat16; its bits are the upper half of a float32's.
-    """
+    """Every tensor of a safetensors file in float32, widened where it is stored in 16 bits."""
     kinds, found = {"F64": np.float64, "F32": np.float32, "F16": np.float16}, {}
     for name, t in safetensors.deserialize(path.read_bytes()):
         if t["dtype"] == "BF16":
-            flat = (np.frombuffer(t["data"], np.uint16).astype(np.uint32) << 16).view(np.float32)
+            flat = widened(np.frombuffer(t["data"], np.uint16))
         elif t["dtype"] in kinds:
             flat = np.frombuffer(t["data"], kinds[t["dtype"]]).astype(np.float32)
         else:
