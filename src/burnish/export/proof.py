@@ -117,8 +117,9 @@ def _survival(off: np.ndarray, change: np.ndarray) -> tuple[float | None, float]
     if np.abs(change).mean() <= _NOTHING:
         return None, 0.0
     share = 1 + float(off @ change) / size
-    rest = off - (share - 1) * change
-    return share, float(np.sqrt((rest @ rest) / size / len(off)))
+    with np.errstate(invalid="ignore"):  # infinite losses are told by their own names
+        rest = off - (share - 1) * change
+        return share, float(np.sqrt((rest @ rest) / size / len(off)))
 
 
 def _failures(proof: Proof, export: Answers) -> list[str]:
