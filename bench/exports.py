@@ -57,10 +57,10 @@ def one(run: Path, place: Path, what: str, rows: int) -> dict[str, Any]:
 def by_program(run: Path, reading: Any, rows: int) -> tuple[int, int]:
     """(right answers, all) of an export, computed as its own program does."""
     from burnish.evaluation.tasks.text import exact_match
-    from burnish.export.consume import _open
+    from burnish.export.consume import open_reading
 
     source, asked = _asked(run, rows)
-    consumer, right = _open(reading), 0
+    consumer, right = open_reading(reading), 0
     for prompt, expected in asked:
         tokens = consumer.greedy(prompt, NEW_TOKENS, source.tokenizer.stop_ids)
         right += exact_match(source.tokenizer.decode(tokens), expected)

@@ -23,6 +23,11 @@ from tests.tiny import tiny_model, tiny_recipe
 IDS = [int(i) for i in np.random.default_rng(0).integers(3, 280, 150)]  # over one batch of llama.cpp's
 
 
+def whole(merged: Merged, name: str) -> np.ndarray:
+    """A tensor in its own shape, float32."""
+    return np.concatenate(list(merged.chunks(name))).reshape(merged.base.tensors[name].shape)
+
+
 @dataclass(frozen=True)
 class Tuned:
     source: Source

@@ -60,10 +60,12 @@ def section(text: str, title: str) -> str:
 @pytest.mark.parametrize("what", TARGETS)
 def test_the_front_matter_reads_back(what: str, source: Source):
     found = front(card(source, what, [], PROOF))
-    kind = [what] if what in ("gguf", "mlx", "ollama") else []
+    kind = [made] if (made := what.removesuffix("-adapter")) in ("gguf", "mlx", "ollama") else []
     assert found == {
         "base_model": "小模型: v1",
-        "library_name": {"hf": "transformers", "adapter": "peft", "mlx": "mlx"}.get(what, "gguf"),
+        "library_name": {"hf": "transformers", "adapter": "peft", "mlx": "mlx", "mlx-adapter": "mlx"}.get(
+            what, "gguf"
+        ),
         "pipeline_tag": "text-generation",
         "tags": ["lora", "burnish", *kind],
     }
@@ -252,3 +254,19 @@ def test_no_scores_without_a_run_and_a_cut_line_is_passed_over(source: Source):
 
 def test_control_the_events_here_are_those_of_a_run():
     assert as_json(PLANNED) == {"event": "planned", **asdict(PLANNED)}
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [("gguf-adapter", "-m BASE.gguf --lora FILE.gguf"), ("mlx-adapter", "--adapter-path FOLDER")],
+)
+def test_an_adapter_of_another_kind_is_not_loaded_by_peft(what: str, says: str, source: Source):
+    text = card(source, what, [], PROOF)
+    assert says in text and "PeftModel" not in text and "stored with it" not in text
+
+
+def test_lines_that_are_no_events_are_passed_over(source: Source):
+    record(source)
+    path = source.adapter.parent / "events.jsonl"
+    path.write_text(path.read_text() + '"words"\n[1]\n{"no": "event"}\n')
+    assert run_scores(source.adapter.parent) == [] and card(source, "hf", [], PROOF)

@@ -43,7 +43,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 
 
 def adapted(patch: pytest.MonkeyPatch, by: Callable[[Adapter], Adapter]) -> None:
-    patch.setattr(targets, "merged_of", lambda s: Merged(s.base, by(read_adapter(s.adapter))))
+    patch.setattr(targets, "Merged", lambda base, folder: Merged(base, by(read_adapter(folder))))
 
 
 def without_a_layer(adapter: Adapter) -> Adapter:

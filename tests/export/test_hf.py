@@ -22,6 +22,7 @@ from burnish.models.folder import header_of
 from burnish.models.spec import read_spec
 from burnish.models.tokenizer import load_tokenizer
 from burnish.models.weights import Weights, narrowed
+from tests.export.gguf_world import whole
 from tests.export.test_merged import CASES, change_config, pack, peft_adapter, peft_model
 from tests.tiny import tiny_model, tiny_recipe
 
@@ -112,7 +113,7 @@ def test_the_sum_is_rounded_once(dtype: str, small: tuple[Path, Path], tmp_path:
     out = read_spec(exported(base, adapter, tmp_path / "out", dtype))
     bits = {"bfloat16": 7, "float16": 10}[dtype]
     for name, info in out.tensors.items():
-        expected = exact.tensor(name).reshape(-1, info.shape[-1])
+        expected = whole(exact, name).reshape(-1, info.shape[-1])
         found = np.concatenate(list(Weights(out).chunks(name)))
         unit = np.exp2(np.maximum(np.floor(np.log2(np.abs(expected) + 1e-30)), -14) - bits)
         assert (np.abs(found - expected) / unit).max() <= 0.5001, name
@@ -143,7 +144,7 @@ def test_bfloat16_that_is_merged_keeps_what_peft_loses(tmp_path: Path):
     theirs = peft_model(wide, adapter).to(torch.bfloat16).merge_and_unload().state_dict()
     exact, ours = Merged(read_spec(wide), adapter), Weights(read_spec(out))
     name = "model.layers.0.mlp.gate_proj.weight"
-    expected = exact.tensor(name)
+    expected = whole(exact, name)
     error = np.abs(np.concatenate(list(ours.chunks(name))) - expected).sum()
     assert error < 0.9 * np.abs(theirs[name].float().numpy() - expected).sum()
 
@@ -217,7 +218,7 @@ def test_beyond_float16_is_an_error_that_names_the_tensor(small: tuple[Path, Pat
     with pytest.raises(UserError, match=f"{WRONG} has values beyond what float16 holds") as e:
         exported(base, adapter, tmp_path / "out", "float16")
     assert "the largest is 69999.8" in e.value.message  # with the adapter's change
-    assert e.value.hint == "export with --dtype bfloat16 or float32"
+    assert e.value.hint == "take --type bf16 or f32"
     exported(base, adapter, tmp_path / "wide", "bfloat16")
 
 
@@ -226,7 +227,7 @@ def test_beyond_bfloat16_too(small: tuple[Path, Path], tmp_path: Path):
     rewrite(base, lambda t: t["model.norm.weight"].__setitem__(0, np.float32(3.4e38)))
     with pytest.raises(UserError, match=r"model\.norm\.weight has values beyond what bfloat16 holds") as e:
         exported(base, adapter, tmp_path / "out", "bfloat16")
-    assert e.value.hint == "export with --dtype float32"
+    assert e.value.hint == "take --type f32"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

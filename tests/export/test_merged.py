@@ -14,6 +14,7 @@ from burnish.errors import UserError
 from burnish.export.adapter import read_adapter
 from burnish.export.merged import Merged
 from burnish.models.spec import read_spec
+from tests.export.gguf_world import whole
 from tests.tiny import tiny_model
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -75,11 +76,11 @@ def test_every_tensor_is_that_of_pefts_merge(case: str, tmp_path: Path):
     theirs = peft_model(base, adapter).merge_and_unload().state_dict()
     stored = load_file(base / "model.safetensors")
     changed = 0
-    for name in merged.shapes:
-        found = merged.tensor(name)
+    for name in merged.base.tensors:
+        found = whole(merged, name)
         np.testing.assert_allclose(found, theirs[name].numpy(), atol=1e-6, err_msg=name)
         changed += bool(np.abs(found - stored[name]).max() > 1e-3)
-    assert merged.shapes.keys() == stored.keys()
+    assert merged.base.tensors.keys() == stored.keys()
     assert changed == len(merged.adapter.modules) > 0
 
 
@@ -98,7 +99,7 @@ def test_chunks_are_the_rows_in_order(chunk_bytes: int, tmp_path: Path):
     chunks = list(merged.chunks(name, chunk_bytes))
     assert all(c.dtype == np.float32 and c.nbytes <= max(chunk_bytes, 4 * 32) for c in chunks)
     assert len(chunks) == -(-48 // max(1, chunk_bytes // (4 * 32)))
-    np.testing.assert_allclose(np.concatenate(chunks), merged.tensor(name), atol=1e-6)
+    np.testing.assert_allclose(np.concatenate(chunks), whole(merged, name), atol=1e-6)
 
 
 def test_a_scaled_adapter_changes_that_much_more(tmp_path: Path):
@@ -108,8 +109,8 @@ def test_a_scaled_adapter_changes_that_much_more(tmp_path: Path):
         "model.layers.0.mlp.up_proj.weight",
     )
     start = load_file(base / "model.safetensors")[name]
-    once = Merged(read_spec(base), adapter).tensor(name) - start
-    twice = Merged(read_spec(base), adapter.scaled(2)).tensor(name) - start
+    once = whole(Merged(read_spec(base), adapter), name) - start
+    twice = whole(Merged(read_spec(base), adapter.scaled(2)), name) - start
     np.testing.assert_allclose(twice, 2 * once, atol=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 from burnish.backends.base import Learner
@@ -31,20 +32,21 @@ def open(plan: Plan) -> Learner:
             ) from e
         return open_torch(plan)
     if name == "mlx":
-        return _mlx().open_mlx(plan)
+        return mlx_part("load").open_mlx(plan)
     raise UserError(f"there is no backend {name!r} in this version", "set backend=torch")
 
 
 def check(plan: Plan) -> None:
     """Raises UserError or Unsupported, as `open` would, where that is known before a weight is read."""
     if plan.backend.value == "mlx":
-        _mlx().check_model(plan)
+        mlx_part("load").check_model(plan)
 
 
-def _mlx() -> ModuleType:
+def mlx_part(name: str) -> ModuleType:
+    """A module of `backends.mlx`, such as 'load'. Raises UserError where mlx or mlx-lm is not installed."""
     use_openblas()
     try:
-        from burnish.backends.mlx import load
+        return importlib.import_module(f"burnish.backends.mlx.{name}")
     except ModuleNotFoundError as e:
         package = (e.name or "").partition(".")[0]
         if package not in ("mlx", "mlx_lm"):
@@ -52,4 +54,3 @@ def _mlx() -> ModuleType:
         raise UserError(
             f"the mlx backend needs {package}, which is not installed", "pip install 'burnish[mlx]'"
         ) from e
-    return load

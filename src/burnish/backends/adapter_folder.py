@@ -23,6 +23,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from burnish.errors import Unsupported, UserError, all_problems
+from burnish.models.peft_config import read_adapter_config
 from burnish.models.weights import widened
 from burnish.planning.plan import Plan
 
@@ -153,13 +154,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 def _check_config(folder: Path, plan: Plan) -> None:
     path = folder / CONFIG
-    try:
-        got = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"{folder} holds no {CONFIG}, so it is not an adapter folder") from e
-    except ValueError as e:
-        raise UserError(f"{path} is not JSON: {e}") from e
-    got, expected = {"use_rslora": False, **got}, peft_config(plan)
+    got, expected = {"use_rslora": False, **read_adapter_config(folder)[0]}, peft_config(plan)
     problems = [
         f"{key}: expected {expected[key]}, got {got.get(key)}"
         for key in ("peft_type", "r", "lora_alpha", "use_rslora")

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from burnish import backends
 from burnish.cli.show import gib, print_json
 from burnish.errors import Unsupported, UserError
 from burnish.models.convert import convert_gguf
@@ -80,10 +81,7 @@ def _model(
     if quantize not in BITS:
         raise UserError(f"quantize: expected {' or '.join(BITS)}, got {quantize}", again)
     try:
-        from burnish.backends.mlx.quantize import quantize_folder
-    except ImportError as e:
-        raise UserError(f"--quantize needs mlx and mlx-lm ({e})", "pip install 'burnish[mlx]'") from e
-    try:
+        quantize_folder = backends.mlx_part("quantize").quantize_folder
         report = quantize_folder(source, out, BITS[quantize], dtype=dtype, force=force)
     except Unsupported as e:
         raise UserError(f"{source} cannot be quantised: {e}", "train it with backend=torch") from e

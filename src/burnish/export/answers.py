@@ -23,7 +23,7 @@ class Answers:
     draws: Tokens  # answers that the live model drew at temperature 1
     prompts: tuple[tuple[int, ...] | None, ...]  # as the program itself reads each prompt; None: it cannot
     base: np.ndarray  # losses without the adapter; empty where that was not asked
-    dtype: str  # computed in
+    dtype: str  # of the live model, held in; of an export, computed in
     device: str
     program: str  # name and version
     peak_bytes: int  # resident, of the process that answered

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from burnish.recipe import Recipe, dump, is_hub_id
 TARGETS = {  # what is written → what it is, the library it is for (as hubs name it)
     "hf": ("the base model with the adapter merged into its weights", "transformers"),
     "adapter": ("a LoRA adapter: it needs the base model beside it", "peft"),
+    "gguf-adapter": ("a LoRA adapter as a GGUF file: it needs the base model beside it as another", "gguf"),
+    "mlx-adapter": ("a LoRA adapter for MLX: it needs the base model beside it", "mlx"),
     "gguf": ("the base model with the adapter merged into its weights, as a GGUF file", "gguf"),
     "mlx": ("the base model with the adapter merged into its weights, for MLX", "mlx"),
     "ollama": ("the base model with the adapter merged into its weights, for Ollama", "gguf"),
@@ -120,7 +123,8 @@ def run_scores(run: Path) -> list[str]:
 
 
 def _front_matter(base: str, library: str, licence: Mapping[str, str], what: str) -> str:
-    tags = ["lora", "burnish", *([what] if what in ("gguf", "mlx", "ollama") else [])]
+    made = what.removesuffix("-adapter")
+    tags = ["lora", "burnish", *([made] if made in ("gguf", "mlx", "ollama") else [])]
     pairs = {"base_model": base, "library_name": library, "pipeline_tag": "text-generation", **licence}
     lines = [f"{key}: {quoted(value)}" for key, value in pairs.items()]
     return "\n".join(["---", *lines, "tags:", *(f"- {quoted(tag)}" for tag in tags), "---"])
@@ -204,7 +208,8 @@ def _data(source: Source, recipe: Recipe) -> list[str]:
 def _usage(source: Source, what: str, base: str) -> str:
     words = [_fenced(*_command(source, what, base))]
     if source.chat:
-        words.append("Prompts go through the chat template that is stored with it, the one of its training.")
+        where = "of the base model" if what in ("gguf-adapter", "mlx-adapter") else "that is stored with it"
+        words.append(f"Prompts go through the chat template {where}, the one of its training.")
     else:
         words.append("It was trained on plain text: prompts go in as they are, without a chat template.")
     if source.system:
@@ -217,11 +222,13 @@ def _usage(source: Source, what: str, base: str) -> str:
 def _command(source: Source, what: str, base: str) -> tuple[str, str]:
     """What to run, and its language. FILE and FOLDER stand for where the export is."""
     ask = "'your question'"
-    if what == "gguf":  # llama-cli is for conversations only since the end of 2025
-        return f"llama-{'cli' if source.chat else 'completion -no-cnv'} -m FILE.gguf -p {ask}", "sh"
-    if what == "mlx":
+    if what in ("gguf", "gguf-adapter"):  # llama-cli is for conversations only since the end of 2025
+        files = "-m FILE.gguf" if what == "gguf" else "-m BASE.gguf --lora FILE.gguf"
+        return f"llama-{'cli' if source.chat else 'completion -no-cnv'} {files} -p {ask}", "sh"
+    if what in ("mlx", "mlx-adapter"):
         plain = "" if source.chat else "--ignore-chat-template "
-        return f"mlx_lm.generate --model FOLDER {plain}--prompt {ask}", "sh"
+        folder = "FOLDER" if what == "mlx" else f"{shlex.quote(base)} --adapter-path FOLDER"
+        return f"mlx_lm.generate --model {folder} {plain}--prompt {ask}", "sh"
     if what == "ollama":
         name = source.name.lower()
         return f"ollama create {name} -f Modelfile\nollama run {name} {ask}", "sh"
@@ -277,12 +284,13 @@ def _fenced(text: str, language: str) -> str:
 
 
 def _events(run: Path) -> dict[str, list[dict[str, Any]]]:
-    """Of events.jsonl, by kind, in order. A last line that was cut is left out, as the run itself does."""
+    """Of events.jsonl, by kind, in order. A line that is no event, such as one that was cut, is left out."""
     found: dict[str, list[dict[str, Any]]] = {}
     for line in _text(run / "events.jsonl").split("\n"):  # an answer may hold other line separators
         try:
             event = json.loads(line)
         except ValueError:
             continue
-        found.setdefault(event["event"], []).append(event)
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            found.setdefault(event["event"], []).append(event)
     return found

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from burnish import backends
 from burnish.backends.stock import Consumer
 from burnish.errors import UserError
 from burnish.export import answers as answers_
 from burnish.export.answers import Answers, Tokens, joined
 from burnish.export.questions import Asked, Questions
-from burnish.machine.blas import use_openblas
 from burnish.machine.child import ask, tell
 
 PROGRAMS = {"hf": "transformers", "mlx": "mlx-lm", "gguf": "llama-cpp-python"}
@@ -53,16 +53,13 @@ def ask_program(reading: Reading, questions: Questions, draws: Tokens, folder: P
     return answers_.load(told)
 
 
-def _open(reading: Reading) -> Consumer:
+def open_reading(reading: Reading) -> Consumer:
     if reading.program == "gguf":
         from burnish.export.llama import open_llama
 
         return open_llama(reading.model, reading.adapter)
     if reading.program == "mlx":
-        use_openblas()  # before mlx is imported
-        from burnish.backends.mlx.stock import open_stock as open_mlx
-
-        return open_mlx(reading.model, reading.adapter, reading.dtype)
+        return backends.mlx_part("stock").open_stock(reading.model, reading.adapter, reading.dtype)
     from burnish.backends.torch.stock import open_stock as open_torch
 
     return open_torch(reading.model, reading.adapter, reading.dtype, reading.device)
@@ -78,7 +75,7 @@ def _answer(arguments: Sequence[str]) -> dict[str, Any]:
     said = request["reading"]
     adapter = Path(said["adapter"]) if said["adapter"] else None
     reading = Reading(said["program"], Path(said["model"]), adapter, said["dtype"], said["device"])
-    consumer = _open(reading)
+    consumer = open_reading(reading)
     try:
         nll = _losses(consumer, questions.rows, questions.targets)
         prompts = [a.tokens for a in questions.asked]

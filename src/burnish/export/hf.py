@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -54,7 +53,7 @@ def check_hf(source: Source, dtype: str) -> None:
         for name, info in base.tensors.items()
         if info.dtype not in (*_NAMES, *_COUNTS)
     ]
-    if base.quantization is not None or wrong:
+    if wrong:
         raise all_problems(
             f"{base.folder} holds packed weights, which an adapter cannot be merged into without loss:",
             wrong,
@@ -85,7 +84,7 @@ def write_hf(merged: Merged, source: Source, folder: Path, dtype: str) -> None:
     if len(shards) > 1:
         write_index(folder, shards, sum(sizes.values()))
     config = read_config(base.folder)
-    write_json(folder / "config.json", _config(config, _said(base, dtype)))
+    write_json(folder / "config.json", _config(config, dtype_of(base) if dtype == AUTO else dtype))
     write_json(folder / "generation_config.json", _generation(config, base.folder, source.tokenizer.stop_ids))
     source.tokenizer.save(folder)
     _copy_code_and_licence(base.folder, folder, code="auto_map" in config)
@@ -142,7 +141,7 @@ def _write_tensor(f: IO[bytes], merged: Merged, name: str, dtype: str) -> None:
         if not _is_finite(narrow):
             raise UserError(
                 f"{name} has values beyond what {narrow_to} holds: the largest is {np.abs(chunk).max():g}",
-                "export with --dtype " + ("bfloat16 or float32" if narrow_to == "float16" else "float32"),
+                "take --type " + ("bf16 or f32" if narrow_to == "float16" else "f32"),
             )
         f.write(narrow.tobytes())
 
@@ -181,15 +180,9 @@ def _copy_tensor(f: IO[bytes], path: Path, info: TensorInfo) -> None:
 # --- what stands beside them ---
 
 
-def _said(base: ModelSpec, dtype: str) -> str:
-    """The dtype that config.json names: of 'auto', that of most bytes."""
-    if dtype != AUTO:
-        return dtype
-    counted: Counter[str] = Counter()
-    for info in base.tensors.values():
-        if info.dtype in _NAMES:
-            counted[_NAMES[info.dtype]] += info.n_bytes
-    return counted.most_common(1)[0][0]
+def dtype_of(base: ModelSpec) -> str:
+    """That of most bytes, of the three."""
+    return next((_NAMES[kind] for kind, _ in base.stored.most_common() if kind in _NAMES), "float32")
 
 
 def _config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

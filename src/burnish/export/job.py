@@ -7,7 +7,9 @@ Nothing of the final name exists before the proof is passed; an interruption lea
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +23,9 @@ from burnish.export.answers import Answers
 from burnish.export.card import base_name, card, run_scores
 from burnish.export.consume import Reading, ask_program
 from burnish.export.go_template import ollama_prompt, parse
-from burnish.export.limits import LIMITS
+from burnish.export.limits import limits_of
 from burnish.export.live import ask_live, live_plan
-from burnish.export.merged import Merged
+from burnish.export.merged import Merged, check_unpacked
 from burnish.export.modelfile import parse_modelfile
 from burnish.export.proof import Proof, judge
 from burnish.export.questions import Questions, ask_about
@@ -31,6 +33,7 @@ from burnish.export.source import Source
 from burnish.export.targets import Target, check_reader, target
 from burnish.machine.usage import peak_resident_bytes
 from burnish.models.folder import SPARE_DISK_BYTES, check_disk, check_out, replacing, write_json
+from burnish.recipe import expand, is_hub_id
 from burnish.runs.atomic import checksum
 
 MARK = "export.json"  # what tells an export from other folders: --force replaces no others
@@ -69,16 +72,11 @@ def export(source: Source, request: Request, say: Callable[[str], object]) -> Ex
     """
     kind = target(request.to, request.lora_only)
     type = _type(kind, request.type)
-    out = request.out.resolve()
-    check_out(source.folder, out, request.force, MARK)
-    kind.check(source, type)
-    if not request.lora_only:
-        Merged(source.base, source.adapter)  # an adapter that cannot be merged is said now
-    need = kind.n_bytes(source.base, type) + SPARE_DISK_BYTES
-    check_disk(out.parent, need, "free some space, or choose another disk")
+    out = _resolved(request.out)
     seconds: dict[str, float] = {}
     try:
-        with _between(out) as place:
+        _check(source, kind, type, request, out)
+        with _alone(out) as place:
             asked = _asked(source, kind, place, seconds, say) if request.prove else None
             with replacing(out) as partial:
                 with _timed(seconds, "write"):
@@ -90,13 +88,63 @@ def export(source: Source, request: Request, say: Callable[[str], object]) -> Ex
                         proof = _proven(source, kind, type, partial, place, *asked, say)
                 _write_words(source, kind, type, partial, proof)
     except OSError as e:
-        raise UserError(
-            f"{out} could not be written, and nothing of it was left: {e.strerror or e}",
-            "free some space, or choose another place",
-            EXIT_FAILED,
-        ) from e
+        raise _sentence(e, out) from e
     files = {p.relative_to(out).as_posix(): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
     return Exported(out, kind.name, type, files, tuple(notes), seconds, peak_resident_bytes(), proof)
+
+
+def _resolved(out: Path) -> Path:
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as e:  # links that lead in a circle
+        raise UserError(f"{out} cannot be used: {e}", "choose another name for OUT") from e
+
+
+def _check(source: Source, kind: Target, type: str, request: Request, out: Path) -> None:
+    """Whatever can be known before any work. Raises UserError; OSError of a folder that may not be read."""
+    data = source.recipe.data
+    files = [expand(name) for name in (data.train, data.valid) if name and not is_hub_id(name)]
+    for used in (source.folder, source.adapter, source.base.folder, *files):
+        check_out(used, out, request.force, MARK)
+    if out.exists():
+        _check_own(out)
+    if not request.lora_only:
+        Merged(source.base, source.adapter)
+    elif kind.name != "mlx":  # mlx-lm alone reads a packed base
+        check_unpacked(source.base)
+    kind.check(source, type)
+    need = kind.n_bytes(source, type) + SPARE_DISK_BYTES
+    check_disk(out.parent, need, "free some space, or choose another disk")
+
+
+def _check_own(out: Path) -> None:
+    """Raises UserError for what is not of the export that `out` is: --force would delete it."""
+    if not (out / MARK).is_file():
+        return  # an empty folder: `check_out` lets no other pass
+    try:
+        own = {*json.loads((out / MARK).read_text(encoding="utf-8"))["sha256"], MARK}
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{out / MARK} is damaged, so it tells no files", "remove the folder by hand") from e
+    more = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir())
+    more = [name for name in more if name not in own]
+    if more:
+        raise UserError(
+            f"{out} holds {', '.join(more[:3])}{' and more' * (len(more) > 3)}, which the export did not "
+            "write: --force would delete it",
+            "move it away, or choose another name for OUT",
+        )
+
+
+def _sentence(error: OSError, out: Path) -> UserError:
+    why = error.strerror or str(error)
+    where = Path(error.filename) if isinstance(error.filename, str) else out
+    if where.is_relative_to(out.parent):
+        return UserError(
+            f"{out} could not be written, and nothing of it was left: {why}",
+            "free some space, or choose another place",
+            EXIT_FAILED,
+        )
+    return UserError(f"{where} could not be read: {why}", "put it right, and try again", EXIT_FAILED)
 
 
 def _type(kind: Target, asked: str | None) -> str:
@@ -133,7 +181,7 @@ def _proven(
         questions = _as_ollama(questions, folder / "Modelfile")
     say(f"asking the export, loaded by {kind.package}")
     answers = ask_program(reading, questions, live.draws, place)
-    proof = judge(live, answers, LIMITS[kind.limits(source, type)], questions.origin)
+    proof = judge(live, answers, limits_of(*kind.limits(source, type), live.dtype), questions.origin)
     if not proof.passed:
         raise UserError(
             f"the export is not the model that was trained, and was removed. {proof.paragraph}",
@@ -144,10 +192,9 @@ def _proven(
 
 
 def _in_detail(reading: Reading, live: Answers) -> Reading:
-    """Computed as widely as the live model was, and where it was, so that the weights are compared."""
-    dtype = "float32" if live.dtype == "float32" else "auto"
+    """In the dtype that the live model was held in, and where it was: so weights are compared, and fit."""
     device = {"cuda": "cuda", "mps": "mps", "metal": "mps"}.get(live.device, "cpu")
-    return replace(reading, dtype=dtype, device=device if reading.program == "hf" else reading.device)
+    return replace(reading, dtype=live.dtype, device=device if reading.program == "hf" else reading.device)
 
 
 def _as_ollama(questions: Questions, modelfile: Path) -> Questions:
@@ -182,15 +229,29 @@ def _write_words(source: Source, kind: Target, type: str, folder: Path, proof: P
 
 
 @contextmanager
-def _between(out: Path) -> Iterator[Path]:
-    """A folder beside `out` for what both sides of the proof leave for each other, perhaps a base model."""
+def _alone(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for what both sides of the proof leave for each other, perhaps a base model.
+
+    It is locked, so that one process at a time makes `out`. Raises UserError where another does.
+    """
     place = out.parent / f".{out.name}.proof"
-    shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
-    place.mkdir()
+    place.mkdir(exist_ok=True)
+    lock = os.open(place, os.O_RDONLY)
     try:
-        yield place
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
+        except BlockingIOError as e:
+            raise UserError(
+                f"another export to {out} is running", "wait for it, or choose another name for OUT"
+            ) from e
+        for path in place.iterdir():  # of a process that was killed
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        os.close(lock)
 
 
 @contextmanager

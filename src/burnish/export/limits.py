@@ -16,20 +16,23 @@ class Limits:
     divergence: float  # nats a token
     least: float  # of the adapter's effect
     most: float
+    greedy: float  # least share of the same likeliest answers: they alone are made with a cache
     why: str
 
 
-EXACT = Limits(2e-4, 1e-3, 2e-4, 0.99, 1.01, "the same numbers in float32: only the order of sums differs")
-HALF = Limits(2e-2, 0.5, 8e-3, 0.97, 1.03, "every weight is rounded once to 8 bits (bfloat16)")
-HALF_F16 = Limits(5e-3, 0.1, 2e-3, 0.98, 1.02, "every weight is rounded once to 11 bits (float16)")
-EIGHT = Limits(
-    5e-2, 2.0, 2e-2, 0.95, 1.05, "8 bits a weight, a scale a block; llama.cpp rounds inputs as well"
+EXACT = Limits(
+    2e-4, 1e-3, 2e-4, 0.99, 1.01, 0.75, "the same numbers in float32: only the order of sums differs"
 )
-SIX = Limits(0.1, 4.0, 5e-2, 0.92, 1.08, "6 bits a weight")
+HALF = Limits(2e-2, 0.5, 8e-3, 0.97, 1.03, 0.25, "every weight is rounded once to 8 bits (bfloat16)")
+HALF_F16 = Limits(5e-3, 0.1, 2e-3, 0.98, 1.02, 0.5, "every weight is rounded once to 11 bits (float16)")
+EIGHT = Limits(
+    5e-2, 2.0, 2e-2, 0.95, 1.05, 0.0, "8 bits a weight, a scale a block; llama.cpp rounds inputs as well"
+)
+SIX = Limits(0.1, 4.0, 5e-2, 0.92, 1.08, 0.0, "6 bits a weight")
 # Single tokens are heavy-tailed from here on: what a small model was unsure of, rounding turns over. A wrong
 # export is told by the mean and by survival.
-FIVE = Limits(0.3, 12.0, 0.4, 0.88, 1.12, "5 to 6 bits a weight")
-FOUR = Limits(0.4, 12.0, 0.5, 0.8, 1.2, "4 to 6 bits a weight, 8 where the adapter needs them")
+FIVE = Limits(0.3, 12.0, 0.4, 0.88, 1.12, 0.0, "5 to 6 bits a weight")
+FOUR = Limits(0.4, 12.0, 0.5, 0.8, 1.2, 0.0, "4 to 6 bits a weight, 8 where the adapter needs them")
 
 # (what, type) → limits. An adapter alone is not rounded; its base is the reader's own.
 LIMITS = {
@@ -51,3 +54,17 @@ LIMITS = {
     ("gguf", "q4_k_m"): FOUR,
     ("gguf", "adapter"): HALF_F16,
 }
+
+
+def limits_of(what: str, type: str, dtype: str) -> Limits:
+    """dtype: that the live model was held in. Where it is no float32, both sides round as they compute, and
+    no export is nearer than one of bfloat16.
+    """
+    own = LIMITS[what, type]
+    if dtype == "float32":
+        return own
+    return Limits(
+        max(own.mean, HALF.mean), max(own.worst, HALF.worst), max(own.divergence, HALF.divergence),
+        min(own.least, HALF.least), max(own.most, HALF.most), min(own.greedy, HALF.greedy),
+        f"{own.why}; the trained model was held in {dtype}",
+    )  # fmt: skip

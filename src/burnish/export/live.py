@@ -22,7 +22,7 @@ from burnish.data.batches import Example, collate
 from burnish.errors import EXIT_WILL_NOT_FIT, UserError
 from burnish.export import answers as answers_
 from burnish.export.answers import Answers, joined
-from burnish.export.questions import Questions
+from burnish.export.questions import LONGEST, Questions
 from burnish.export.source import Source
 from burnish.machine.child import ask, tell
 from burnish.machine.probe import probe
@@ -48,9 +48,13 @@ def live_plan(recipe: Recipe, base: ModelSpec) -> Plan:
     """On the original weights: float32 if that fits, else the dtype that fits. UserError where none does."""
     machine = probe(Path.cwd())
     plans = []
+    # One row forward, whatever training did at a time.
+    longest = min(recipe.train.max_length, LONGEST + 1)
+    least = {"micro_batch": 1, "batch_size": 1, "keep_layers": 0, "max_length": longest}
+    one = {"quantize": "none", "ask": (), "train": recipe.train.model_copy(update=least)}
+    one |= {"evaluate": recipe.evaluate.model_copy(update={"task": "none"})}
     for dtype in ("float32", "auto"):
-        asked = recipe.model_copy(update={"quantize": "none", "dtype": dtype})
-        plans.append(make_plan(asked, base, machine))
+        plans.append(make_plan(recipe.model_copy(update={**one, "dtype": dtype}), base, machine))
         if plans[-1].fits:
             return plans[-1]
     need, have = plans[-1].total_bytes / 2**30, plans[-1].budget.value / 2**30
@@ -97,7 +101,7 @@ def _live(learner: Learner, plan: Plan, questions: Questions) -> Answers:
         draws=draws,
         prompts=tuple(prompts),
         base=joined([]),
-        dtype=plan.compute.value,
+        dtype=plan.weights.value,
         device=plan.device.value,
         program=f"burnish {__version__} ({plan.backend.value})",
         peak_bytes=0,

@@ -11,7 +11,7 @@ of the adapter, are in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from burnish.errors import UserError, all_problems
 from burnish.export.adapter import Adapter, read_adapter
 from burnish.models.spec import ModelSpec
-from burnish.models.weights import CHUNK_BYTES, Weights, lying
+from burnish.models.weights import CHUNK_BYTES, Weights
 
 
 class Merged:
@@ -27,40 +27,33 @@ class Merged:
 
     def __init__(self, base: ModelSpec, adapter: Path | Adapter) -> None:
         """Raises UserError for an adapter that does not fit the base, or a base whose weights are packed."""
-        if base.quantization is not None:
-            raise UserError(
-                f"{base.folder} holds weights packed to {base.quantization.bits} bits: an adapter merged "
-                "into them would be rounded away",
-                "name the folder of the original 16-bit weights with --base FOLDER",
-            )
+        check_unpacked(base)
         self.base = base
         self.adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
         self._weights = Weights(base)
-        _check_fits(base, self.adapter)
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's, in the order of the base's files. A tied head has none of its own, as there."""
-        return {name: info.shape for name, info in self.base.tensors.items()}
+        check_fits(base, self.adapter)
 
     def chunks(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
         """Rows [n, in] in float32, in order; a vector is one chunk [1, n]."""
-        module = name.removesuffix(".weight")
-        rows, width = lying(self.base.tensors[name].shape)
-        step = max(1, chunk_bytes // (4 * width))
-        for at in range(0, rows, step):
-            upto = min(at + step, rows)
-            found = self._weights.rows(name, at, upto)
+        module, at = name.removesuffix(".weight"), 0
+        for found in self._weights.chunks(name, chunk_bytes):
             if module in self.adapter.modules:
-                found += self.adapter.change(module, at, upto)
+                found += self.adapter.change(module, at, at + len(found))
+                at += len(found)
             yield found
 
-    def tensor(self, name: str) -> np.ndarray:
-        """The whole tensor in float32, in its own shape: for small ones."""
-        return np.concatenate(list(self.chunks(name))).reshape(self.shapes[name])
+
+def check_unpacked(base: ModelSpec) -> None:
+    """Raises UserError for packed weights."""
+    if base.quantization is not None:
+        raise UserError(
+            f"{base.folder} holds weights packed to {base.quantization.bits} bits: an adapter merged "
+            "into them would be rounded away",
+            "name the folder of the original 16-bit weights with --base FOLDER",
+        )
 
 
-def _check_fits(base: ModelSpec, adapter: Adapter) -> None:
+def check_fits(base: ModelSpec, adapter: Adapter) -> None:
     problems = []
     for module, shape in adapter.shapes.items():
         info = base.tensors.get(f"{module}.weight")

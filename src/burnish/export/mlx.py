@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from burnish import backends
 from burnish.errors import Unsupported, UserError
 from burnish.export.hf import check_hf, hf_bytes, write_hf
 from burnish.export.merged import Merged
@@ -86,10 +87,7 @@ def half(base: ModelSpec) -> str:
     """The 16-bit dtype that the merged weights get: float16 if most of the base is, else bfloat16, in which
     no weight is too large.
     """
-    sizes = {"F16": 0}
-    for info in base.tensors.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.n_bytes
-    return "float16" if 2 * sizes["F16"] > sum(sizes.values()) else "bfloat16"
+    return "float16" if 2 * base.stored["F16"] > base.weight_bytes else "bfloat16"
 
 
 def write_mlx(merged: Merged, source: Source, folder: Path, bits: int) -> MlxReport:
@@ -99,7 +97,8 @@ def write_mlx(merged: Merged, source: Source, folder: Path, bits: int) -> MlxRep
     check_mlx(source, bits)
     dtype = half(merged.base)
     raised = _to_raise(merged, dtype) if bits == 4 else []
-    with _beside(folder) as place:
+    with tempfile.TemporaryDirectory(prefix=".packing-", dir=folder) as name:
+        place = Path(name)
         whole = place / "merged"
         whole.mkdir()
         write_hf(merged, source, whole, dtype)
@@ -167,30 +166,8 @@ def _to_raise(merged: Merged, dtype: str) -> list[str]:
 
 
 def _mlx() -> ModuleType:
-    """burnish's packing, which imports mlx. No product is computed in it, so any BLAS will do."""
-    try:
-        from burnish.backends.mlx import quantize
-    except ModuleNotFoundError as e:
-        package = (e.name or "").partition(".")[0]
-        if package not in ("mlx", "mlx_lm"):
-            raise
-        raise UserError(
-            f"an MLX folder needs {package}, which is not installed", "pip install 'burnish[mlx]'"
-        ) from e
-    return quantize
-
-
-@contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A folder on the same disk that is gone afterwards, and with it what was not moved out."""
-    place = folder.parent / f".{folder.name}.packing"
-    if place.exists():  # of a process that was killed
-        shutil.rmtree(place)
-    place.mkdir()
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+    """burnish's packing, which imports mlx."""
+    return backends.mlx_part("quantize")
 
 
 def _as_it_is(whole: Path, folder: Path, dtype: str) -> MlxReport:

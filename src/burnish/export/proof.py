@@ -19,6 +19,7 @@ from burnish.export.answers import Answers
 from burnish.export.limits import Limits
 
 _NOTHING = 1e-5  # nats: less than this on average is no effect but the arithmetic's own noise
+_FAINT = 0.1  # nats: the effect of an adapter below which rounding alone moves its share
 _LEAST_SHARE = 0.65  # whatever the noise: a halved adapter may show a little more than a half
 
 
@@ -26,7 +27,8 @@ _LEAST_SHARE = 0.65  # whatever the noise: a halved adapter may show a little mo
 class Proof:
     program: str  # that read the export
     live: str
-    dtype: str  # the export was computed in
+    dtype: str  # the export was computed in; 'auto': as stored
+    live_dtype: str  # the live model was held in
     targets: int
     origin: str  # of the rows
     noise: float  # standard error of `survival`, from what differs beside the adapter's effect
@@ -51,7 +53,8 @@ class Proof:
         """For the model card and the terminal."""
         said = [
             f"The export was loaded by {self.program} and compared with the base and its adapter as "
-            f"{self.live} computes them, on {self.targets} answer tokens of the {self.origin}.",
+            f"{self.live} computes them in {self.live_dtype}, on {self.targets} answer tokens of the "
+            f"{self.origin}.",
             f"The loss is {self.loss[2]:.4f} (base {self.loss[0]:.4f}, trained {self.loss[1]:.4f}); a token "
             f"differs by {self.mean:.1e} nats on average and {self.worst:.1e} at the most "
             f"(allowed: {self.limits.mean:g} and {self.limits.worst:g}).",
@@ -93,6 +96,7 @@ def judge(live: Answers, export: Answers, limits: Limits, origin: str) -> Proof:
         program=export.program,
         live=live.program,
         dtype=export.dtype,
+        live_dtype=live.dtype,
         targets=len(off),
         origin=origin,
         noise=noise,
@@ -130,8 +134,8 @@ def _failures(proof: Proof, export: Answers) -> list[str]:
         found.append(f"tokens differ by {proof.mean:.2e} nats on average, more than {limits.mean:g}")
     if not proof.worst <= limits.worst:
         found.append(f"one token differs by {proof.worst:.2e} nats, more than {limits.worst:g}")
-    # Of a faint adapter rounding alone moves the share; what three standard errors explain is no loss.
-    beside = max(0.0, min(3 * proof.noise, limits.least - _LEAST_SHARE))
+    # What three standard errors explain is no loss.
+    beside = max(0.0, min(3 * proof.noise, limits.least - _LEAST_SHARE)) if proof.effect < _FAINT else 0.0
     if proof.survival is not None and not limits.least - beside <= proof.survival <= limits.most + beside:
         found.append(
             f"{proof.survival:.1%} of the adapter's effect is left; expected {limits.least:.0%} to "
@@ -143,6 +147,12 @@ def _failures(proof: Proof, export: Answers) -> list[str]:
         )
     if export.goes_on:
         found.append(f"{proof.program} does not end an answer at token {', '.join(map(str, export.goes_on))}")
-    if proof.read_alike is not None and proof.read_alike < 1:
+    if proof.greedy is not None and proof.greedy < limits.greedy:
+        found.append(
+            f"{proof.greedy:.0%} of the greedy answers are the same; expected {limits.greedy:.0%} or more"
+        )
+    if proof.read_alike is None:
+        found.append("no prompt could be asked, so how it reads one is not known")
+    elif proof.read_alike < 1:
         found.append(f"{proof.program} reads {1 - proof.read_alike:.0%} of the prompts as other tokens")
     return found

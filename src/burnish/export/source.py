@@ -13,6 +13,8 @@ from burnish.models.tokenizer import Tokenizer
 from burnish.recipe import Recipe
 from burnish.runs.opened import open_folder, tokenizer_of
 
+_LONGEST = 2048  # tokens of a row that an adapter made elsewhere is compared on: nothing says its own
+
 
 @dataclass(frozen=True)
 class Source:
@@ -42,6 +44,10 @@ def open_source(folder: Path, base: Path | None, overrides: list[str]) -> Source
     tokenizer = tokenizer_of(opened, spec.folder)
     chat = opened.template != NO_TEMPLATE and takes_chat(opened.recipe.data, tokenizer.has_chat_template)
     recipe = opened.recipe
+    made_elsewhere = not (opened.adapter / "recipe.yaml").is_file()
+    if made_elsewhere and not any(o.startswith("train.max_length=") for o in overrides):
+        longest = {"max_length": min(_LONGEST, spec.max_positions)}
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=longest)})
     return Source(
         folder, recipe.name, recipe, opened.adapter, spec, tokenizer, opened.format, chat, recipe.data.system
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from burnish.backends.adapter_folder import ADAPTER
 from burnish.errors import UserError
 from burnish.export.adapter import read_adapter
 from burnish.export.consume import Reading
 from burnish.export.gguf import check_gguf, gguf_bytes, write_gguf, write_gguf_adapter
-from burnish.export.hf import check_hf, hf_bytes, write_adapter, write_hf
-from burnish.export.merged import Merged
+from burnish.export.hf import check_hf, dtype_of, hf_bytes, write_adapter, write_hf
+from burnish.export.merged import Merged, check_fits
 from burnish.export.mlx import check_mlx, mlx_bytes, write_mlx
 from burnish.export.ollama import check_ollama, modelfile
 from burnish.export.source import Source
@@ -22,7 +24,6 @@ from burnish.models.spec import ModelSpec
 Notes = list[str]
 GGUF_TYPES = ("q8_0", "f16", "bf16", "f32", "q6_k", "q5_k_m", "q4_k_m")
 _DTYPES = {"auto": "auto", "bf16": "bfloat16", "f16": "float16", "f32": "float32"}
-_STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # safetensors' → GGUF's
 _MLX_BITS = {"16bit": 16, "8bit": 8, "4bit": 4}
 
 
@@ -31,7 +32,7 @@ class Target:
     name: str
     types: tuple[str, ...]  # the first is taken where none is named
     check: Callable[[Source, str], None]  # raises UserError for whatever can be known before any work
-    n_bytes: Callable[[ModelSpec, str], int]  # of disk, at its fullest
+    n_bytes: Callable[[Source, str], int]  # of disk, at its fullest
     write: Callable[[Source, Path, str], Notes]  # fills an empty folder
     reading: Callable[[Source, Path, str, Path], Reading]  # last: a folder for the proof's time
     limits: Callable[[Source, str], tuple[str, str]]  # a key of LIMITS
@@ -66,21 +67,14 @@ def check_reader(target: Target) -> None:
 
 def stored_type(base: ModelSpec) -> str:
     """'f32', 'f16' or 'bf16': how most bytes of the base are stored."""
-    sizes: dict[str, int] = {}
-    for info in base.tensors.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.n_bytes
-    return _STORED.get(max(sizes, key=lambda k: sizes[k]), "f32")
-
-
-def merged_of(source: Source) -> Merged:
-    return Merged(source.base, source.adapter)
+    return next(type for type, dtype in _DTYPES.items() if dtype == dtype_of(base))
 
 
 # --- Hugging Face ---
 
 
 def _write_hf(source: Source, folder: Path, type: str) -> Notes:
-    write_hf(merged_of(source), source, folder, _DTYPES[type])
+    write_hf(Merged(source.base, source.adapter), source, folder, _DTYPES[type])
     return []
 
 
@@ -98,7 +92,7 @@ def _write_adapter(source: Source, folder: Path, type: str) -> Notes:
 
 
 def _write_mlx(source: Source, folder: Path, type: str) -> Notes:
-    report = write_mlx(merged_of(source), source, folder, _MLX_BITS[type])
+    report = write_mlx(Merged(source.base, source.adapter), source, folder, _MLX_BITS[type])
     if not report.raised:
         return []
     return [
@@ -122,7 +116,16 @@ def gguf_name(source: Source, type: str) -> str:
 
 
 def _write_gguf(source: Source, folder: Path, type: str) -> Notes:
-    return list(write_gguf(merged_of(source), source, folder / gguf_name(source, type), type).notes)
+    merged = Merged(source.base, source.adapter)
+    return list(write_gguf(merged, source, folder / gguf_name(source, type), type).notes)
+
+
+def _gguf_reading(source: Source, folder: Path, type: str, _: Path) -> Reading:
+    return Reading("gguf", folder / gguf_name(source, type))
+
+
+def _gguf_bytes(source: Source, type: str) -> int:
+    return gguf_bytes(source.base, type)
 
 
 def _write_ollama(source: Source, folder: Path, type: str) -> Notes:
@@ -150,39 +153,49 @@ def _gguf_adapter_reading(source: Source, folder: Path, type: str, between: Path
 
 
 def _check_adapter(source: Source, type: str) -> None:
-    read_adapter(source.adapter)
+    check_fits(source.base, read_adapter(source.adapter))
+
+
+def _check_mlx_adapter(source: Source, type: str) -> None:
+    _check_adapter(source, type)
+    with tempfile.TemporaryDirectory() as place:  # it says all that mlx-lm cannot hold, and takes no time
+        to_mlx(source.adapter, Path(place) / "adapter", model=source.base.folder)
 
 
 def _check_gguf_adapter(source: Source, type: str) -> None:
-    read_adapter(source.adapter)
+    _check_adapter(source, type)
     check_gguf(source, stored_type(source.base))
 
 
-def _adapter_bytes(base: ModelSpec, type: str) -> int:
-    return 1 << 30
+def _adapter_bytes(source: Source, type: str) -> int:
+    """In float32 at the most, whatever it is stored in."""
+    return 2 * (source.adapter / ADAPTER).stat().st_size
+
+
+def _gguf_adapter_bytes(source: Source, type: str) -> int:
+    return _adapter_bytes(source, type) + gguf_bytes(source.base, stored_type(source.base))
 
 
 TARGETS: Mapping[str, Target] = {
     t.name: t
     for t in (
         Target(
-            "hf", tuple(_DTYPES), lambda s, t: check_hf(s, _DTYPES[t]), lambda b, t: hf_bytes(b, _DTYPES[t]),
-            _write_hf, lambda s, f, t, _: Reading("hf", f), _hf_limits, "hf", "transformers", "",
+            "hf", tuple(_DTYPES), lambda s, t: check_hf(s, _DTYPES[t]),
+            lambda s, t: hf_bytes(s.base, _DTYPES[t]), _write_hf, lambda s, f, t, _: Reading("hf", f),
+            _hf_limits, "hf", "transformers", "",
         ),
         Target(
-            "gguf", GGUF_TYPES, check_gguf, gguf_bytes, _write_gguf,
-            lambda s, f, t, _: Reading("gguf", f / gguf_name(s, t)), lambda s, t: ("gguf", t), "gguf",
-            "llama_cpp", "gguf",
+            "gguf", GGUF_TYPES, check_gguf, _gguf_bytes, _write_gguf, _gguf_reading,
+            lambda s, t: ("gguf", t), "gguf", "llama_cpp", "gguf",
         ),
         Target(
             "mlx", tuple(_MLX_BITS), lambda s, t: check_mlx(s, _MLX_BITS[t]),
-            lambda b, t: mlx_bytes(b, _MLX_BITS[t]), _write_mlx, lambda s, f, t, _: Reading("mlx", f),
+            lambda s, t: mlx_bytes(s.base, _MLX_BITS[t]), _write_mlx, lambda s, f, t, _: Reading("mlx", f),
             lambda s, t: ("mlx", t), "mlx", "mlx_lm", "mlx",
         ),
         Target(
-            "ollama", GGUF_TYPES, _check_ollama, gguf_bytes, _write_ollama,
-            lambda s, f, t, _: Reading("gguf", f / gguf_name(s, t)), lambda s, t: ("gguf", t), "ollama",
-            "llama_cpp", "gguf",
+            "ollama", GGUF_TYPES, _check_ollama, _gguf_bytes, _write_ollama, _gguf_reading,
+            lambda s, t: ("gguf", t), "ollama", "llama_cpp", "gguf",
         ),
     )
 }  # fmt: skip
@@ -196,13 +209,13 @@ ADAPTERS: Mapping[str, Target] = {
             "peft", "",
         ),
         Target(
-            "mlx", ("adapter",), _check_adapter, _adapter_bytes, _write_mlx_adapter,
-            lambda s, f, t, _: Reading("mlx", s.base.folder, f), lambda s, t: ("mlx", "adapter"), "adapter",
-            "mlx_lm", "mlx",
+            "mlx", ("adapter",), _check_mlx_adapter, _adapter_bytes, _write_mlx_adapter,
+            lambda s, f, t, _: Reading("mlx", s.base.folder, f), lambda s, t: ("mlx", "adapter"),
+            "mlx-adapter", "mlx_lm", "mlx",
         ),
         Target(
-            "gguf", ("adapter",), _check_gguf_adapter, lambda b, t: gguf_bytes(b, stored_type(b)),
-            _write_gguf_adapter, _gguf_adapter_reading, lambda s, t: ("gguf", "adapter"), "adapter",
+            "gguf", ("adapter",), _check_gguf_adapter, _gguf_adapter_bytes, _write_gguf_adapter,
+            _gguf_adapter_reading, lambda s, t: ("gguf", "adapter"), "gguf-adapter",
             "llama_cpp", "gguf",
         ),
     )

@@ -25,6 +25,7 @@ import numpy as np
 from burnish.errors import UserError, all_problems
 from burnish.models.bits import Tensor, new_header, read_bits, write_bits
 from burnish.models.folder import ADAPTER, check_out, replacing, write_json
+from burnish.models.peft_config import lora_terms, read_adapter_config
 from burnish.models.spec import ModelSpec, read_spec
 
 PEFT_WEIGHTS, MLX_WEIGHTS = "adapter_model.safetensors", "adapters.safetensors"
@@ -33,13 +34,6 @@ _MODULE = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERTS = re.compile(r"(^|\.)(experts|switch_mlp|switch_glu)(\.|$)")
 # PEFT's leaf → mlx-lm's.
 _LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"}
-# Settings of PEFT's that change what the weights mean and that mlx-lm has no word for.
-_REFUSED = (
-    "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "target_parameters",
-    "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora",
-    "arrow_config", "kasa_config", "velora_config", "monteclora_config",
-)  # fmt: skip
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class Adapter:
 
 def kind_of(folder: Path) -> str:
     """'peft' or 'mlx' for an adapter folder, by what its adapter_config.json holds."""
-    config = _config(folder)[0]
+    config = read_adapter_config(folder)[0]
     if "peft_type" in config:
         return "peft"
     if "fine_tune_type" in config or "lora_parameters" in config:
@@ -99,7 +93,7 @@ def to_mlx(source: Path, out: Path, *, model: Path | None = None, force: bool = 
     """
     out = out.resolve()
     check_out(source, out, force, ADAPTER)
-    config, text = _config(source)
+    config, text = read_adapter_config(source)
     stored, header = read_bits(source / PEFT_WEIGHTS)
     adapter = _from_peft(source, config, stored)
     base = model or Path(str(config.get("base_model_name_or_path") or ""))
@@ -134,7 +128,7 @@ def to_peft(source: Path, out: Path, model: Path | None = None, *, force: bool =
     """
     out = out.resolve()
     check_out(source, out, force, ADAPTER)
-    config, _ = _config(source)
+    config, _ = read_adapter_config(source)
     adapter = _from_mlx(source, config, read_bits(source / MLX_WEIGHTS)[0])
     base = model or Path(str(config.get("model") or ""))
     kept = _kept(config, adapter)
@@ -172,14 +166,8 @@ def _report(source: Path, out: Path, to: str, adapter: Adapter, kept: bool) -> A
 
 
 def _from_peft(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Adapter:
-    problems = [f"{key}: {config[key]!r:.60}" for key in _REFUSED if config.get(key)]
-    if config.get("peft_type") != "LORA":
-        problems.append(f"peft_type: expected LORA, got {config.get('peft_type')}")
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias: expected none, got {config['bias']}")
-    start = str(config.get("init_lora_weights") or "").lower()
-    if start.startswith(_CHANGE_THE_BASE):
-        problems.append(f"init_lora_weights: {start} begins from a changed base model, which mlx-lm has not")
+    terms = lora_terms(config)
+    problems = list(terms.problems)
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in stored.items():
         leaf = next((leaf for leaf in _LEAVES if name.endswith(f".{leaf}")), "")
@@ -190,14 +178,9 @@ def _from_peft(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Ten
             found.setdefault(module, {})[_LEAVES[leaf]] = (
                 tensor if leaf.endswith("vector") else tensor.turned()
             )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        problems.append(f"r and lora_alpha: expected numbers, got {rank!r} and {alpha!r}")
-        rank, alpha = 1, 1
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     kind = "dora" if config.get("use_dora") else "lora"
     dropout = float(config.get("lora_dropout") or 0.0)
-    return _checked(folder, Adapter(kind, rank, scale, dropout, found), problems, "mlx-lm")
+    return _checked(folder, Adapter(kind, terms.rank, terms.scale, dropout, found), problems, "mlx-lm")
 
 
 def _from_mlx(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Adapter:
@@ -351,18 +334,3 @@ def _place(module: str) -> tuple[int, str]:
     found = _MODULE.fullmatch(module)
     assert found
     return int(found[1]), found[2]
-
-
-def _config(folder: Path) -> tuple[dict[str, Any], str]:
-    path = folder / ADAPTER
-    try:
-        # Its line ends as they are: the way back writes them again.
-        text = path.read_bytes().decode("utf-8")
-        value = json.loads(text)
-    except FileNotFoundError as e:
-        raise UserError(f"{folder} holds no {ADAPTER}, so it is not an adapter folder") from e
-    except ValueError as e:
-        raise UserError(f"{path} is not JSON: {e}", f"save or download {ADAPTER} again") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value, text

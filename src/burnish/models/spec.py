@@ -13,6 +13,7 @@ import json
 import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,14 @@ class ModelSpec:
     def weight_bytes(self) -> int:
         """As stored on disk."""
         return sum(t.n_bytes for t in self.tensors.values())
+
+    @property
+    def stored(self) -> Counter[str]:
+        """Bytes of each dtype on disk, as safetensors names it."""
+        found: Counter[str] = Counter()
+        for t in self.tensors.values():
+            found[t.dtype] += t.n_bytes
+        return found
 
     @property
     def attention_linears(self) -> tuple[str, ...]:

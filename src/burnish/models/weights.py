@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from burnish.errors import UserError
-from burnish.models.spec import DTYPE_BYTES, ModelSpec, TensorInfo
+from burnish.models.spec import DTYPE_BYTES, ModelSpec
 
 CHUNK_BYTES = 64 << 20  # of float32, at a time
 _FLOATS = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16}
@@ -26,23 +26,19 @@ class Weights:
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
 
-    def info(self, name: str) -> TensorInfo:
-        return self._spec.tensors[name]
-
     def chunks(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[np.ndarray]:
         """Rows [n, in] of a matrix in float32, in order; a vector is one chunk [1, n].
 
         Raises UserError for a tensor that is no float, and for a file that ends too early.
         """
-        info = self.info(name)
-        rows, width = lying(info.shape)
+        rows, width = lying(self._spec.tensors[name].shape)
         step = max(1, chunk_bytes // (4 * width))
         for at in range(0, rows, step):
             yield self.rows(name, at, min(at + step, rows))
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """[stop - start, in] in float32, of a matrix [out, in] or of a vector taken as one row."""
-        info = self.info(name)
+        info = self._spec.tensors[name]
         if info.dtype not in _FLOATS:
             raise UserError(
                 f"{self._spec.folder / info.file}: {name} is stored as {info.dtype}; expected one of "

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from burnish.data.training_template import NO_TEMPLATE, ending
-from burnish.errors import UserError
+from burnish.errors import UserError, all_problems
+from burnish.models.peft_config import lora_terms
 from burnish.models.tokenizer import Tokenizer, load_tokenizer
 from burnish.recipe import Recipe, Train, dump, load, parse
 
@@ -73,7 +74,14 @@ def _of_adapter(place: Path, overrides: list[str]) -> Opened:
             f"{place} was made elsewhere, with targets that burnish cannot name: {targets!r:.60}",
             "adapters with a list of target_modules on every layer can be opened",
         )
-    asked = _for_answers(config["base_model_name_or_path"])
+    terms = lora_terms(config)
+    if terms.problems:
+        raise all_problems(
+            f"{place} was made elsewhere, with settings that burnish does not know:",
+            terms.problems,
+            "plain LoRA of linear layers, with one rank and alpha, can be opened",
+        )
+    asked = _for_answers(config["base_model_name_or_path"] or "")
     lora = asked.lora.model_copy(
         update={
             "rank": config["r"],

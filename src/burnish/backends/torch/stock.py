@@ -97,7 +97,8 @@ class StockTorch:
 def open_stock(
     folder: Path, adapter: Path | None = None, dtype: str = "auto", device: str = "cpu"
 ) -> Consumer:
-    """The model of `folder`, with the PEFT adapter of `adapter` on it where one is given.
+    """The model of `folder`, with the PEFT adapter of `adapter` on it where one is given, and that one's own
+    tokenizer where it has one.
 
     dtype: 'auto' as stored, or 'float32', 'bfloat16', 'float16' to compute in that. device: torch's name of
     one. Raises UserError, in transformers' or PEFT's own words, for a folder that they cannot read, and for
@@ -106,7 +107,8 @@ def open_stock(
     logging.getLogger("transformers").setLevel(logging.ERROR)  # its advice is for those who train
     _check_there(folder, "config.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(str(adapter if own else folder), local_files_only=True)
         with translated():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
