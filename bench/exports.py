@@ -47,7 +47,7 @@ def one(run: Path, place: Path, what: str, rows: int) -> dict[str, Any]:
         "divergence": p.divergence, "survival": p.survival, "greedy": p.greedy, "loss": p.loss,
         "notes": done.notes, "program": p.program,
     }  # fmt: skip
-    if rows and not lora:
+    if rows:
         reading = replace(kind.reading(source, done.out, done.type, place), dtype="float32")
         row["right"], row["asked"] = alone(by_program, run, reading, rows)
     shutil.rmtree(done.out)
