@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from burnish.machine.doctor import PYTHONS, RANGES, Check, checks, numbers
+from burnish.machine.doctor import Check, checks
+from burnish.machine.doctor_check import numbers
+from burnish.machine.doctor_packages import PYTHONS, RANGES
+from burnish.machine.doctor_place import Place
+from burnish.machine.health import Health
 from burnish.machine.probe import probe
 from tests.machine.recorded import (
     CONTAINER,
@@ -32,8 +36,13 @@ EVERY = {"m1": M1_8, "m2": M2_PRO_32, "m4": M4_MAX_128, "rosetta": ROSETTA, "409
          "container": CONTAINER}
 
 
-def look(system: Recorded, environment: Mapping[str, str] | None = None) -> dict[str, Check]:
-    found = checks(probe(Path("."), system), environment or {})
+def look(
+    system: Recorded,
+    environment: Mapping[str, str] | None = None,
+    health: Health | None = None,
+    place: Place | None = None,
+) -> dict[str, Check]:
+    found = checks(probe(Path("."), system), environment or {}, health, place)
     assert len({c.name for c in found}) == len(found)
     return {c.name: c for c in found}
 
@@ -41,7 +50,13 @@ def look(system: Recorded, environment: Mapping[str, str] | None = None) -> dict
 @pytest.mark.parametrize("system", EVERY.values(), ids=EVERY.keys())
 def test_whatever_is_not_ok_says_what_was_found_and_what_to_do(system: Recorded):
     bad = replace(system, python_version="3.9.6", versions={})
-    for check in look(bad, {"HF_ENDPOINT": "https://hf-mirror.com"}).values():
+    environment = {"HF_ENDPOINT": "https://hf-mirror.com", "KMP_DUPLICATE_LIB_OK": "1"}
+    health = Health(True, 9, True, "critical", 900 * GIB, True)
+    place = Place("Darwin", "/Users/a/Dropbox", "/Users/a", "apfs", "/tmp", 0, 64, 1)
+    found = look(bad, environment, health, place)
+    assert {"power", "low power mode", "heat", "memory pressure", "swap in use", "working folder",
+            "temporary folder", "open files", "sleep", "KMP_DUPLICATE_LIB_OK"} <= found.keys()
+    for check in found.values():
         assert check.found
         assert check.status == "ok" or check.advice
 
@@ -209,6 +224,7 @@ def test_offline_and_proxies():
 def test_nothing_is_said_of_variables_that_are_not_set():
     assert not {"offline", "HF_ENDPOINT", "HF_HOME", "HTTPS_PROXY"} & look(RTX_4090).keys()
     assert checks(probe(Path("."), RTX_4090)) == checks(probe(Path("."), RTX_4090), {})
+    assert checks(probe(Path("."), M1_8)) == checks(probe(Path("."), M1_8), {}, Health())
 
 
 @pytest.mark.parametrize(("text", "wanted"), [
@@ -216,3 +232,75 @@ def test_nothing_is_said_of_variables_that_are_not_set():
 ])
 def test_numbers(text: str, wanted: tuple[int, ...]):
     assert numbers(text) == wanted
+
+
+# ---- versions that do not go together
+
+
+@pytest.mark.parametrize(("torch", "numpy", "there"), [
+    ("2.2.2", "2.0.0", True), ("2.2.2", "1.26.4", False), ("2.3.0", "2.4.6", False), ("", "2.4.6", False),
+    ("2.13.0", "2.4.6", False), ("2.2.2", "", False),
+])
+def test_numpy_2_with_an_old_torch(torch: str, numpy: str, there: bool):
+    found = look(replace(M4_MAX_128, versions={**INSTALLED, "torch": torch, "numpy": numpy}))
+    assert ("torch and numpy" in found) is there
+    if there:
+        check = found["torch and numpy"]
+        assert check.status == "problem" and "torch>=2.11" in check.advice
+
+
+def test_a_torch_for_cpus_beside_an_nvidia_gpu():
+    cpu = {**INSTALLED, "torch": "2.13.0+cpu"}
+    check = look(replace(RTX_4090, versions=cpu))["torch build"]
+    assert check.status == "warning" and "pip install 'torch>=2.11" in check.advice
+    for fine in (RTX_4090, replace(RTX_4090, versions={**INSTALLED, "torch": "2.13.0+cu130"}),
+                 replace(CONTAINER, versions=cpu), replace(M4_MAX_128, versions=cpu)):
+        assert "torch build" not in look(fine)
+
+
+@pytest.mark.parametrize(("value", "there"), [
+    ("TRUE", True), ("True", True), ("1", True), ("FALSE", False), ("0", False), ("", False),
+])
+def test_openmp_loaded_twice_is_not_to_be_silenced(value: str, there: bool):
+    found = look(M4_MAX_128, {"KMP_DUPLICATE_LIB_OK": value})
+    assert ("KMP_DUPLICATE_LIB_OK" in found) is there
+    assert not there or found["KMP_DUPLICATE_LIB_OK"].status == "warning"
+
+
+def test_what_metal_has_of_its_own():
+    name = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
+    assert "21.3 GiB" in look(M2_PRO_32)["Metal"].found
+    assert f"export {name}=1" in look(M2_PRO_32)[name].found
+    assert look(M2_PRO_32, {name: "1"})[name].found.startswith("1:")
+    for other in (RTX_4090, ROSETTA, CONTAINER):
+        assert not {"Metal", name} & look(other, {name: "1"}).keys()
+
+
+# ---- this moment
+
+
+@pytest.mark.parametrize(("health", "status", "found"), [
+    (Health(True, 57), "warning", "on battery, 57 % left"), (Health(True, None), "warning", "on battery"),
+    (Health(False, 80), "ok", "mains, battery at 80 %"), (Health(False, None), "ok", "mains"),
+])
+def test_power(health: Health, status: str, found: str):
+    check = look(M1_8, health=health)["power"]
+    assert (check.status, check.found) == (status, found)
+
+
+def test_low_power_mode_heat_and_pressure():
+    assert not {"power", "heat", "memory pressure", "low power mode", "swap in use"} & look(M1_8).keys()
+    assert look(M1_8, health=Health(low_power=True))["low power mode"].status == "warning"
+    assert "low power mode" not in look(M1_8, health=Health(low_power=False))
+    assert look(M1_8, health=Health(hot=True))["heat"].status == "warning"
+    assert look(M1_8, health=Health(hot=False))["heat"].status == "ok"
+    for level, status in (("normal", "ok"), ("warning", "warning"), ("critical", "problem")):
+        health = Health(pressure=level)  # type: ignore[arg-type]
+        assert look(M1_8, health=health)["memory pressure"].status == status
+
+
+@pytest.mark.parametrize(("used", "status"), [(2 * GIB, "ok"), (2 * GIB + 1, "warning"), (0, ""), (None, "")])
+def test_swap_in_use_is_judged_by_memory(used: int | None, status: str):
+    found = look(M1_8, health=Health(swap_bytes=used))  # 8 GiB of memory
+    assert (found["swap in use"].status if status else "") == status
+    assert ("swap in use" in found) is bool(status)

@@ -11,16 +11,26 @@ import typer
 from burnish.cli.show import console, gib, print_json
 from burnish.errors import EXIT_FAILED
 from burnish.machine.doctor import checks
+from burnish.machine.doctor_place import read_place
+from burnish.machine.health import Quick, read_health
 from burnish.machine.probe import probe
 
 _MARKS = {"ok": "✓", "warning": "!", "problem": "✗"}
 
 
 def doctor_command(json: bool) -> None:
-    machine = probe(Path.cwd())
-    found = checks(machine, os.environ)
+    machine, health = probe(Path.cwd()), read_health(Quick())
+    place = read_place(Path.cwd(), Quick())
+    found = checks(machine, os.environ, health, place)
     if json:
-        print_json({"machine": asdict(machine), "checks": [asdict(c) for c in found]})
+        print_json(
+            {
+                "machine": asdict(machine),
+                "health": asdict(health),
+                "place": asdict(place),
+                "checks": [asdict(c) for c in found],
+            }
+        )
     else:
         out = console()
         gpus = ", ".join(f"{g.name} ({gib(g.total_bytes)})" for g in machine.gpus) or "none"
