@@ -191,3 +191,32 @@ def export(
 
     request = Request(to, type, expand(str(out)), lora_only, force, not no_proof)
     export_command(run, request, base, overrides or [], json)
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="a run folder")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="the page; RUN/report.html where left out")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """What became of a run, and one page of it: curves, memory, answers, recoveries; what to do next."""
+    from burnish.cli.report import report_command
+
+    report_command(run, out, json)
+
+
+@app.command()
+def selftest(
+    backend: Annotated[str, typer.Option(metavar="auto|torch|mlx", help="which backend")] = "auto",
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda|mps|metal", help="which device; a GPU where there is one")
+    ] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="without the three checks that take longest")] = False,
+    json: Json = False,
+) -> None:
+    """Two minutes: does burnish compute rightly on this machine? Against the CPU; nothing is downloaded."""
+    from burnish.cli.selftest import selftest_command
+
+    selftest_command(backend, device, quick, json)
