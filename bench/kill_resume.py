@@ -86,7 +86,7 @@ class Job:
         resume = ["--resume"] if (self.out / "recipe.yaml").is_file() else []
         code = "from burnish.cli import main; main()"
         command = [sys.executable, "-c", code, "train", str(self.recipe), *self.overrides]
-        command += ["--out", str(self.out), "--skip-before", "--json", *resume]
+        command += ["--out", str(self.out), "--skip-before", "--in-process", "--json", *resume]
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}

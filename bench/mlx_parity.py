@@ -49,7 +49,7 @@ def opened(a: argparse.Namespace, backend: str) -> tuple[Any, Any]:
     prepare_environment()
     from burnish import backends
     from burnish.recipe import parse
-    from burnish.training.job import gather
+    from burnish.training.material import gather
 
     folder = Path(a.data).expanduser().absolute() / "wikisql"
     asked = [f"data.{part}={folder / part}.jsonl" for part in ("train", "valid")]

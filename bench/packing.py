@@ -55,7 +55,8 @@ def turn(a: argparse.Namespace, pack: bool, out: Path) -> Turn:
     from burnish.recipe import load
     from burnish.runs.events import Stepped
     from burnish.training.environment import prepare_environment
-    from burnish.training.job import gather, run_job
+    from burnish.training.job import run_job
+    from burnish.training.material import gather
 
     prepare_environment()
     if a.padded:

@@ -55,7 +55,7 @@ def opened(a: argparse.Namespace, *overrides: str) -> tuple[Any, Any]:
     prepare_environment()
     from burnish import backends
     from burnish.recipe import parse
-    from burnish.training.job import gather
+    from burnish.training.material import gather
 
     folder = Path(a.data).expanduser().absolute() / "wikisql"
     files = [f"data.{part}={folder / part}.jsonl" for part in ("train", "valid")]

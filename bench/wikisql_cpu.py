@@ -148,7 +148,7 @@ def score(a: argparse.Namespace, who: str, adapter: Path | None, answers: Path) 
     from burnish.evaluation.score import run_task
     from burnish.recipe import parse
     from burnish.training.environment import prepare_environment
-    from burnish.training.job import gather
+    from burnish.training.material import gather
 
     prepare_environment()
     files = [f"data.train={_file(a, 'train')}", f"data.valid={_file(a, 'valid')}"]

@@ -21,14 +21,18 @@ class UserError(Exception):
     """What a person can put right.
 
     message: what is wrong, with what was got and what was expected. hint: the next thing to do, often a
-    command. exit_code: 2 where the input is at fault, 1 where the work failed, 3 where it will not fit.
+    command. exit_code: 2 where the input is at fault, 1 where the work failed, 3 where it will not fit. log:
+    what the process that failed said last, where that was another one.
     """
 
-    def __init__(self, message: str, hint: str = "", exit_code: int = EXIT_BAD_INPUT) -> None:
+    def __init__(
+        self, message: str, hint: str = "", exit_code: int = EXIT_BAD_INPUT, log: Sequence[str] = ()
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.exit_code = exit_code
+        self.log = tuple(log)
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message

@@ -165,6 +165,40 @@ class Evaluate(Section):
     max_new_tokens: Positive = 128
 
 
+class Care(Section):
+    """How a run looks after itself and the machine. None of it is part of what is trained, so a run may go on
+    with other values than it began with.
+    """
+
+    keep_awake: bool = Field(default=True, description="the machine does not fall asleep while a run goes")
+    on_battery: Literal["go-on", "slow", "pause"] = Field(
+        default="go-on", description="slow: at half speed; pause: a checkpoint, then wait for mains power"
+    )
+    min_battery: Annotated[int, Field(ge=0, le=100)] = Field(
+        default=20, description="on battery with less percent than this a run pauses; 0: never"
+    )
+    when_hot: Literal["go-on", "slow", "pause"] = Field(
+        default="slow", description="when heat holds the machine back"
+    )
+    under_pressure: Literal["go-on", "pause"] = Field(
+        default="pause", description="when the system is critically short of memory"
+    )
+    non_finite: Literal["stop", "skip"] = Field(
+        default="stop", description="a step that is NaN twice: end the run, or leave that step out, once"
+    )
+    restarts: Annotated[int, Field(ge=0)] = Field(
+        default=5, description="new processes after a crash, in a row without a new checkpoint"
+    )
+    silence_s: Positive | Literal["auto"] = Field(
+        default="auto", description="seconds without a word from the training process until it counts as hung"
+    )
+    mps_limit: Annotated[float, Field(gt=0, le=2)] | Literal["none"] = Field(
+        default=1.0,
+        description="PyTorch's most memory on an Apple GPU, by the recommended working set; none: no limit, "
+        "and macOS may freeze",
+    )
+
+
 Tracker = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
 
 
@@ -191,6 +225,7 @@ class Recipe(Section):
         default=(), description="questions answered before and after training"
     )
     evaluate: Evaluate = Evaluate()
+    care: Care = Care()
     trackers: tuple[Tracker, ...] = ()
 
 
@@ -283,8 +318,8 @@ def dump(recipe: Recipe) -> str:
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
-    """`key: old → new` for every value in which two recipes differ."""
-    flat_a, flat_b = _flat(a.model_dump(mode="json")), _flat(b.model_dump(mode="json"))
+    """`key: old → new` for every value of the training in which two recipes differ; `care` is none of it."""
+    flat_a, flat_b = (_flat(r.model_dump(mode="json", exclude={"care"})) for r in (a, b))
     changed = [k for k in flat_a | flat_b if flat_a.get(k) != flat_b.get(k)]
     return [f"{k}: {flat_a.get(k)!r} → {flat_b.get(k)!r}" for k in changed]
 

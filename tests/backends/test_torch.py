@@ -46,7 +46,7 @@ def noisy(learner: TorchLearner) -> TorchLearner:
 
 
 def batch(learner: TorchLearner, rows: int = 3, length: int = 24) -> Batch:
-    return random_batch(np.random.default_rng(1), rows, length, learner._plan.spec.vocab_size)
+    return random_batch(np.random.default_rng(1), rows, length, learner.plan.spec.vocab_size)
 
 
 def test_loss_and_gradients_are_those_of_transformers_and_peft(model: Path) -> None:
@@ -58,7 +58,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(model: Path) -> N
     micro = collate(examples)
     with learner._recompute:
         loss = learner._gradients([micro], micro.weight)
-    lora, targets = learner._plan.recipe.lora, learner._plan.targets.value
+    lora, targets = learner.plan.recipe.lora, learner.plan.targets.value
     stock = get_peft_model(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         LoraConfig(
@@ -89,7 +89,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(model: Path) -> N
 def test_weights_held_in_bfloat16_and_computed_in_float32(model: Path) -> None:
     """The numbers are exactly those of a float32 model whose weights were rounded once."""
     held = opened(model, dtype="bfloat16")
-    assert (held._plan.weights.value, held._plan.compute.value) == ("bfloat16", "float32")
+    assert (held.plan.weights.value, held.plan.compute.value) == ("bfloat16", "float32")
     rounded = opened(model, dtype="float32")
     for p in rounded._model.parameters():
         if not p.requires_grad:
@@ -139,7 +139,7 @@ def test_moving_there_and_back_leaves_every_bit(model: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_rows_do_not_see_each_other_in_any_family(family: str, tmp_path: Path) -> None:
     learner = noisy(opened(tiny_model(tmp_path, family)))
-    b = random_batch(np.random.default_rng(2), 3, 30, learner._plan.spec.vocab_size, segments=2)
+    b = random_batch(np.random.default_rng(2), 3, 30, learner.plan.spec.vocab_size, segments=2)
     whole = learner.score(b).nll_BT
     tokens = b.tokens_BT.copy()
     tokens[1] = (tokens[1] + 7) % 100 + 3
@@ -160,7 +160,7 @@ def test_padding_kept_as_on_mps_changes_no_number(model: Path, monkeypatch: pyte
 def test_only_the_last_layers_are_adapted_and_lower_ones_keep_nothing(model: Path) -> None:
     learner = opened(model, lora={"last_layers": 1})
     layers = {int(n.split(".layers.")[1].split(".")[0]) for n in learner._trainable}
-    assert layers == {learner._plan.spec.n_layers - 1}
+    assert layers == {learner.plan.spec.n_layers - 1}
     before = learner.step([batch(learner)], 1e-2).loss
     assert learner.step([batch(learner)], 1e-2).loss < before
 

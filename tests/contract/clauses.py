@@ -26,6 +26,7 @@ from burnish.backends.adapter_folder import read_floats
 from burnish.backends.base import Learner, Memory, Sampling, Token
 from burnish.data.batches import Batch
 from burnish.errors import NonFinite, UserError
+from burnish.planning.plan import Choice
 from tests.tiny import packed, random_batch, random_example, take
 
 Make = Callable[..., Learner]
@@ -190,6 +191,29 @@ def check_2_rehearsal(make: Make, tmp: Path) -> None:
     assert written(learner, tmp / "after errors") == files
     assert learner.step(HALVES, LR) == twin.step(HALVES, LR)
     assert written(learner, tmp / "learner") == written(twin, tmp / "twin")
+
+
+def check_2_reshape(make: Make, tmp: Path) -> None:
+    """Another cut of the same steps, in the middle of a run: nothing is lost, and the numbers stay."""
+    whole = {"lora": DROPOUT, "train": {"keep_layers": N_LAYERS}}
+    learner, twin = make(**whole), make(**whole)
+    assert learner.step(HALVES, LR) == twin.step(HALVES, LR)
+    before = saved(learner, tmp / "before")
+    for kept, rows in ((0, 64), (1, 128)):
+        plan = learner.plan
+        shape = replace(plan.shape, keep_layers=kept, loss_slice=rows)
+        learner.reshape(
+            replace(plan, keep_layers=Choice(kept, ""), loss_slice=Choice(rows, ""), shape=shape)
+        )
+        assert (learner.plan.keep_layers.value, learner.plan.loss_slice.value) == (kept, rows)
+        if kept == 0:
+            assert differing(before, saved(learner, tmp / "reshaped")) == []
+        for micros in (HALVES, [OTHER]):
+            a, b = learner.step(micros, LR), twin.step(micros, LR)
+            np.testing.assert_allclose([a.loss, a.grad_norm], [b.loss, b.grad_norm], rtol=1e-5)
+    ends = saved(learner, tmp / "learner"), saved(twin, tmp / "twin")
+    assert largest_difference(*ends, "adapter_model.safetensors") < 1e-4
+    assert_same_tokens(*(list(x.generate([[7, 8, 9]], Sampling(4))) for x in (learner, twin)))
 
 
 def check_3_split(make: Make, tmp: Path) -> None:

@@ -19,10 +19,11 @@ from safetensors.numpy import save_file
 
 from burnish.backends.adapter_folder import read_floats
 from burnish.backends.base import Learner, Memory, Sampling, Scores, StepStats, Token
-from burnish.backends.reference import ReferenceLearner
+from burnish.backends.reference import ReferenceLearner, fresh_state
 from burnish.backends.reference_decoder import Dropout
 from burnish.data.batches import Batch
 from burnish.errors import NonFinite, UserError
+from burnish.planning.plan import Plan
 from tests.contract.clauses import Make
 
 COUNTED = Dropout.mask
@@ -54,6 +55,17 @@ class Wrapped:
 
     def rehearse(self, micros: Sequence[Batch]) -> None:
         self.inner.rehearse(micros)
+
+    @property
+    def plan(self) -> Plan:
+        return self.inner.plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self.inner.plan = plan
+
+    def reshape(self, plan: Plan) -> None:
+        self.inner.reshape(plan)
 
     def save(self, folder: Path) -> None:
         self.inner.save(folder)
@@ -129,6 +141,19 @@ class RehearsesForwardOnly(Wrapped):
     def rehearse(self, micros: Sequence[Batch]) -> None:
         for micro in micros:
             self.inner.score(micro)
+
+
+class ReshapingForgets(Wrapped):
+    """A model opened anew would be in that shape, but without what it has learned."""
+
+    def reshape(self, plan: Plan) -> None:
+        self.inner.state = fresh_state(plan)
+        self.inner.plan = plan
+
+
+class ReshapingDoesNothing(Wrapped):
+    def reshape(self, plan: Plan) -> None:
+        pass
 
 
 class MeanOfMeans(Wrapped):

@@ -18,6 +18,7 @@ CONTROLS: dict[Check, tuple[type[doubles.Wrapped], ...]] = {
     clauses.check_2_rehearsal: (
         doubles.RehearsalIsAStep, doubles.RehearsalTakesAMask, doubles.RehearsesForwardOnly,
     ),
+    clauses.check_2_reshape: (doubles.ReshapingForgets, doubles.ReshapingDoesNothing),
     clauses.check_3_split: (doubles.MeanOfMeans, doubles.SumNotMean),
     clauses.check_4_errors: (doubles.NaNsPassThrough, doubles.NoTokensNoError, doubles.LoadsHalf),
     clauses.check_5_optimizer_from_open_on: (doubles.OptimizerComesLater,),

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from burnish.errors import UserError
-from burnish.report.run_facts import in_use, run_facts
+from burnish.report.run_facts import run_facts
+from burnish.runs.lock import in_use
 from tests.world import World
 
 PLANNED = {

@@ -21,7 +21,7 @@ from burnish.errors import EXIT_INTERRUPTED
 from tests.training.forks import Ended, Forks
 from tests.world import World
 
-ARGS = ("train", "recipe.yaml", "--out", "out", "--json")
+ARGS = ("train", "recipe.yaml", "--out", "out", "--json", "--in-process")
 STEPS, SAVE, EVAL = 14, 3, 4
 EXACT = ("event", "step", "loss", "lr", "grad_norm", "tokens", "trained", "accuracy", "best")
 

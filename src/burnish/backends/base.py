@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from burnish.data.batches import Batch
+from burnish.planning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,11 @@ class Model(Protocol):
 
 
 class Learner(Model, Protocol):
+    @property
+    def plan(self) -> Plan:
+        """As steps are cut now."""
+        ...
+
     def step(self, micros: Sequence[Batch], lr: float) -> StepStats:
         """One optimizer step over all micro-batches; atomic: if it raises, nothing has changed."""
         ...
@@ -115,6 +121,15 @@ class Learner(Model, Protocol):
     def rehearse(self, micros: Sequence[Batch]) -> None:
         """What `step` does over these micro-batches, in as much memory, and nothing of it kept: the step
         after it is the one there would have been without. Raises what `step` raises.
+        """
+        ...
+
+    def reshape(self, plan: Plan) -> None:
+        """Cut steps as `plan` says from now on: layers kept, a layer ahead, the loss slice. Adapter,
+        optimizer and random state stay, and what is free goes back to the system, for this follows running
+        out of memory.
+
+        plan: the one it was opened with but for these.
         """
         ...
 

@@ -181,6 +181,9 @@ class ReferenceLearner:
                 self._note_peak()
         return loss, sums
 
+    def reshape(self, plan: Plan) -> None:
+        self.plan = plan
+
     def save(self, folder: Path) -> None:
         adapter_folder.write(folder, self.plan, self.state)
 

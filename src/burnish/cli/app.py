@@ -42,12 +42,42 @@ def train(
     skip_before: Annotated[
         bool, typer.Option("--skip-before", help="do not answer and score before training")
     ] = False,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="train in this process, unsupervised: for debuggers")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Train: answers before, LoRA steps with checkpoints, answers after, an adapter folder."""
     from burnish.cli.train import train_command
 
-    train_command(recipe, overrides or [], out, resume, skip_before, json)
+    train_command(recipe, overrides or [], out, resume, skip_before, in_process, json)
+
+
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run folder")]
+
+
+@app.command()
+def pause(run: RunName) -> None:
+    """From another terminal: let a run wait after its next step, with a checkpoint."""
+    from burnish.cli.wishes import pause_command
+
+    pause_command(run)
+
+
+@app.command()
+def resume(run: RunName, json: Json = False) -> None:
+    """Go on with a run: one that waits, in its own terminal; one that has stopped or failed, in this one."""
+    from burnish.cli.wishes import resume_command
+
+    resume_command(run, json)
+
+
+@app.command()
+def stop(run: RunName) -> None:
+    """From another terminal: end a run after its next step, with a checkpoint."""
+    from burnish.cli.wishes import stop_command
+
+    stop_command(run)
 
 
 @app.command()
@@ -195,7 +225,7 @@ def export(
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(help="a run folder")],
+    run: RunName,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="the page; RUN/report.html where left out")
     ] = None,
@@ -213,7 +243,7 @@ def selftest(
     device: Annotated[
         str, typer.Option(metavar="auto|cpu|cuda|mps|metal", help="which device; a GPU where there is one")
     ] = "auto",
-    quick: Annotated[bool, typer.Option("--quick", help="without the three checks that take longest")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="without the three longest checks")] = False,
     json: Json = False,
 ) -> None:
     """Two minutes: does burnish compute rightly on this machine? Against the CPU; nothing is downloaded."""

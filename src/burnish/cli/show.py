@@ -16,14 +16,19 @@ from rich.text import Text
 
 from burnish.runs.events import (
     Answered,
+    Continued,
     Event,
+    Failed,
     Finished,
     Interrupted,
     Noted,
+    Paused,
     Planned,
+    Recovered,
     Rehearsed,
     Saved,
     Scored,
+    Skipped,
     Stepped,
     Validated,
     as_json,
@@ -185,6 +190,17 @@ class TrainView:
                 self._line(f"step {event.step}: saved {event.folder}")
             case Noted():
                 self._line(event.message)
+            case Recovered():
+                again = f"; {event.repeated} steps are done again" if event.repeated else ""
+                self._line(f"after step {event.step}: {event.cause}; {event.did}{again}")
+            case Skipped():
+                self._line(f"step {event.step} was left out: {event.error} (rows {', '.join(event.rows)})")
+            case Paused():
+                self._line(f"paused after step {event.step}: {event.words}")
+            case Continued():
+                self._line(f"goes on after step {event.step}, after {duration(event.seconds)}")
+            case Failed():  # the command line says errors
+                pass
             case Interrupted():
                 self._line(
                     f"interrupted after step {event.step}; the same command with --resume goes on from there"

@@ -1,30 +1,43 @@
-"""`burnish train`"""
+"""`burnish train`, and `burnish resume` where nothing trains."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import typer
 
 from burnish.cli.show import JsonView, TrainView
 from burnish.errors import EXIT_INTERRUPTED
-from burnish.recipe import expand, load
-from burnish.runs.events import Interrupted, Scored
-from burnish.training.environment import prepare_environment
+from burnish.recipe import Recipe, expand, load
+from burnish.runs.events import Event, Interrupted, Scored
 from burnish.training.interrupt import interruptible
-from burnish.training.job import run_job
+from burnish.training.orders import Orders
+from burnish.training.post_mortem import with_post_mortem
+from burnish.training.supervise import supervise
 
 
 def train_command(
-    name: str, overrides: list[str], out: Path | None, resume: bool, skip_before: bool, json: bool
+    name: str,
+    overrides: list[str],
+    out: Path | None,
+    resume: bool,
+    skip_before: bool,
+    in_process: bool,
+    json: bool,
 ) -> None:
     recipe = load(name, overrides)
     folder = expand(str(out)) if out is not None else expand(f"runs/{recipe.name}")
-    prepare_environment()
+    train_orders(Orders(recipe, folder, resume, skip_before), in_process, json)
+
+
+def train_orders(orders: Orders, in_process: bool, json: bool) -> None:
+    recipe: Recipe = orders.recipe
     scores: dict[str, Scored] = {}
     interrupted = False
     with interruptible() as stop, JsonView() if json else TrainView(recipe.train.log_every) as view:
-        for event in run_job(recipe, folder, resume=resume, skip_before=skip_before, stop=stop):
+        events = _here(orders, stop) if in_process else supervise(orders, stop)
+        for event in with_post_mortem(events, orders.out):
             view.hear(event)
             interrupted = interrupted or isinstance(event, Interrupted)
             if isinstance(event, Scored):
@@ -35,3 +48,14 @@ def train_command(
         before, after = scores["before"], scores["after"]
         task = after.task.replace("-", " ")
         print(f"held-out {task}: before {before.percent:.1f} %, after {after.percent:.1f} %", flush=True)
+
+
+def _here(orders: Orders, stop: Callable[[], bool]) -> Iterator[Event]:
+    """In this very process: for debuggers, and for whoever supervises by other means."""
+    from burnish.training.environment import prepare_environment
+    from burnish.training.job import run_job
+
+    prepare_environment(orders.recipe.care)
+    return run_job(
+        orders.recipe, orders.out, resume=orders.resume, skip_before=orders.skip_before, stop=stop
+    )

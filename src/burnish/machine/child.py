@@ -27,24 +27,32 @@ _PACKAGE = Path(__file__).parents[2]
 def run_module(
     module: str, arguments: Sequence[str], limit_s: float | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Its output as text. Raises OSError where it cannot be started, TimeoutExpired where it does not end.
-
-    This very package is found, however this process came to it, and never what lies in the folder that it is
-    run in: a file of the user's must not stand in for a module.
-    """
-    # Where it is installed it is found anyway, and what lies beside it must not come before Python's own.
-    installed = {"site-packages", "dist-packages"} & set(_PACKAGE.parts)
-    paths = [*([] if installed else [str(_PACKAGE)]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """Its output as text. Raises OSError where it cannot be started, TimeoutExpired where it does not end."""
     return subprocess.run(
-        [sys.executable, "-P", "-m", module, *arguments],
+        [*command_of(module), *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
         errors="replace",
         timeout=limit_s,
         check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env=environment(),
     )
+
+
+def command_of(module: str) -> list[str]:
+    """Runs it, and never what lies in the folder that it is run in: a file of the user's must not stand in
+    for a module. With `environment`.
+    """
+    return [sys.executable, "-P", "-m", module]
+
+
+def environment() -> dict[str, str]:
+    """Ours, with this very package in it, however this process came to it."""
+    # Where it is installed it is found anyway, and what lies beside it must not come before Python's own.
+    installed = {"site-packages", "dist-packages"} & set(_PACKAGE.parts)
+    paths = [*([] if installed else [str(_PACKAGE)]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def last_object(text: str) -> dict[str, Any] | None:

@@ -62,7 +62,7 @@ class Health:
 @dataclass(frozen=True)
 class Verdict:
     action: Action
-    why: Literal["battery", "heat", "memory pressure", ""] = ""
+    why: Literal["battery", "heat", "memory pressure", "asked", ""] = ""  # asked: by a person
     words: str = ""  # for a person: 'on battery, 17 % left'
 
 

@@ -10,9 +10,7 @@ where a run went wrong. Steps come thinned to a few hundred points; every extrem
 
 from __future__ import annotations
 
-import os
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +21,7 @@ from burnish.errors import UserError
 from burnish.recipe import load
 from burnish.report.charts import of, series, short, smoothed_over
 from burnish.report.page import clean, duration, event_lines, json_of, mapping, number, plain
+from burnish.runs.lock import in_use
 
 ENDS = ("finished", "interrupted", "failed")
 MOVES = (*ENDS, "planned", "stepped", "recovered", "paused", "continued")
@@ -143,37 +142,6 @@ def _failed_last(folder: Path) -> bool:
     with suppress(OSError):
         return (folder / "failure.json").stat().st_mtime_ns >= (folder / "events.jsonl").stat().st_mtime_ns
     return False
-
-
-def in_use(lock: Path) -> bool:
-    """Whether a process holds the lock, which is only looked at: to try it would be to take it for a moment.
-
-    Linux lists locks. Elsewhere it is whether the process whose number is written there lives and is ours; a
-    number given to another process since then would be taken for the run.
-    """
-    try:
-        stat, written = lock.stat(), lock.read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        return False
-    alive = written.isdecimal() and _alive(int(written))
-    if sys.platform != "linux":
-        return alive
-    try:
-        lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return alive
-    place = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}:{stat.st_ino}"
-    held = [line.split() for line in lines if " -> " not in line]  # an arrow: one that waits for it
-    # On some file systems (overlay, btrfs) the list has another device, or number, than `stat`.
-    return any(place in parts or (alive and written in parts[4:5]) for parts in held)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (OSError, OverflowError):
-        return False
-    return True
 
 
 def _failure(folder: Path, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,51 @@ class Noted:
 
 
 @dataclass(frozen=True)
+class Recovered:
+    """What went wrong, and how the run went on with the same training."""
+
+    step: int  # gone on from
+    cause: str  # 'out of memory', 'SIGKILL', …
+    did: str
+    repeated: int  # steps that are done again
+    seconds: float  # lost, without those of the repeated steps
+    error: str = ""  # in its own words
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step left out, because its numbers left the finite range twice (care.non_finite: skip)."""
+
+    step: int
+    error: str
+    rows: tuple[str, ...]  # file:line
+
+
+@dataclass(frozen=True)
+class Paused:
+    step: int  # of the checkpoint
+    why: str  # 'battery', 'heat', 'memory pressure', 'asked'
+    words: str
+
+
+@dataclass(frozen=True)
+class Continued:
+    step: int
+    seconds: float  # of the pause
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The end of a run that did not end well; also in failure.json."""
+
+    step: int  # the last one done
+    what: str  # in a sentence
+    error: str  # in the words of whatever failed
+    try_: tuple[str, ...]  # what to do, in order
+    diagnosis: str  # of the catalogue; '' where it is not in it
+
+
+@dataclass(frozen=True)
 class Interrupted:
     step: int
     out: str
@@ -108,8 +154,18 @@ class Finished:
     peak_bytes: int
 
 
-Event = Planned | Rehearsed | Answered | Scored | Stepped | Validated | Saved | Noted | Interrupted | Finished
+Event = (
+    Planned | Rehearsed | Answered | Scored | Stepped | Validated | Saved | Noted
+    | Recovered | Skipped | Paused | Continued | Failed | Interrupted | Finished
+)  # fmt: skip
+_KINDS = {kind.__name__.lower(): kind for kind in get_args(Event)}
 
 
 def as_json(event: Event) -> dict[str, Any]:
     return {"event": type(event).__name__.lower(), **asdict(event)}
+
+
+def from_json(told: Mapping[str, Any]) -> Event:
+    """The event that `as_json` wrote. Raises KeyError or TypeError where it is none."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k != "event"}
+    return _KINDS[told["event"]](**fields)

@@ -9,11 +9,9 @@ to it, so that what stands in metrics.jsonl is one unbroken run.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,8 +20,11 @@ from typing import IO, Any
 from burnish.data.batches import Cursor
 from burnish.errors import EXIT_FAILED, UserError, all_problems
 from burnish.recipe import Recipe, differences, dump, load
-from burnish.runs.atomic import checksum, clean, sentence, sync, write_folder, write_text
+from burnish.runs.atomic import checksum, clean, sync, write_folder, write_text
 from burnish.runs.events import Event, Stepped, Validated, as_json
+from burnish.runs.failure import FAILURE
+from burnish.runs.lock import locked
+from burnish.runs.wish import WISH
 
 ADAPTER, BEST = "adapter", "best"
 RECORDS = ("events.jsonl", "metrics.jsonl")
@@ -74,11 +75,11 @@ class RunFolder:
             raise UserError(
                 f"{path} is a file; a run needs a folder of its own", "choose another place with --out DIR"
             )
-        lock = _locked(path)
+        lock = locked(path)
         if old:
             clean(path)
             shutil.rmtree(path / BEST, ignore_errors=True)
-            for name in RECORDS:
+            for name in (*RECORDS, FAILURE, WISH):
                 (path / name).unlink(missing_ok=True)
         write_text(path / "recipe.yaml", dump(recipe))
         return cls(path, lock)
@@ -88,7 +89,7 @@ class RunFolder:
         """An existing run. Raises UserError where there is none, it is in use, or its recipe was another."""
         if not (path / "recipe.yaml").is_file():
             raise UserError(f"{path} holds no run to resume", "leave --resume out to begin one")
-        lock = _locked(path)
+        lock = locked(path)
         began = load(str(path / "recipe.yaml"))
         changed = differences(began, recipe)
         if changed:
@@ -100,6 +101,10 @@ class RunFolder:
             )
         clean(path)
         clean(path / "checkpoints")
+        for name in (FAILURE, WISH):
+            (path / name).unlink(missing_ok=True)
+        if began != recipe:  # in `care` alone
+            write_text(path / "recipe.yaml", dump(recipe))
         return cls(path, lock)
 
     def __enter__(self) -> RunFolder:
@@ -153,6 +158,10 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         write_text(self.path / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def update_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """What stands there already stays, but for the keys of `value`."""
+        self.write_json(name, {**(self.read_json(name) or {}), **value})
 
     def read_json(self, name: str) -> Any:
         try:
@@ -217,34 +226,3 @@ def _upto(line: bytes, step: int) -> bool:
         return json.loads(line).get("step", 0) <= step
     except ValueError:  # the process was killed, or the disk was full, in the middle of this line
         return False
-
-
-def _locked(path: Path) -> IO[str]:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / "lock").open("a+", encoding="utf-8")
-    except OSError as e:
-        raise UserError(
-            f"{path} cannot be made or written: {e.strerror}",
-            "choose another place with --out DIR",
-            EXIT_FAILED,
-        ) from e
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
-    except OSError as e:
-        lock.seek(0)
-        owner = lock.read().strip()
-        lock.close()
-        raise UserError(
-            f"{path} is in use by process {owner or 'unknown'}", "wait for it, or choose --out DIR"
-        ) from e
-    try:
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        sync(path)
-    except OSError as e:
-        with suppress(OSError):
-            lock.close()
-        raise sentence(e, path) from e
-    return lock

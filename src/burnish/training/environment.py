@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from burnish.recipe import Care
+
 _WANTED = {
     "TOKENIZERS_PARALLELISM": "false",  # forked tokenizer threads warn and can hang
     "HF_HUB_OFFLINE": "1",  # training reads folders; nothing here may reach for the network
@@ -30,8 +32,25 @@ _WANTED_ON_MACS = {
 }
 
 
-def prepare_environment() -> None:
-    """Set what is not set already; a person's own setting is never overruled."""
+# PyTorch begins to give cached memory back at this share of its limit.
+_GIVES_BACK = 0.9
+
+
+def prepare_environment(care: Care | None = None) -> None:
+    """Set what is not set already; a person's own setting is never overruled. care: of the recipe."""
     wanted = _WANTED | (_WANTED_ON_MACS if sys.platform == "darwin" else _WANTED_ELSEWHERE)
-    for name, value in wanted.items():
+    for name, value in (wanted | mps_limits(care or Care())).items():
         os.environ.setdefault(name, value)
+
+
+def mps_limits(care: Care) -> dict[str, str]:
+    """PyTorch's limits on an Apple GPU, by the recommended working set. Its own default is 1.7 times that,
+    which is more than the memory of most Macs: they swap, and stand still, where an error would be mended by
+    a smaller cut. 0.0 is no limit at all; the seed guide warns that the system may go down with it.
+    """
+    high = 0.0 if care.mps_limit == "none" else care.mps_limit
+    # The lower mark may not be above the upper one, or PyTorch refuses both.
+    low = 0.0 if high == 0 else _GIVES_BACK * high
+    return {
+        "PYTORCH_MPS_HIGH_WATERMARK_RATIO": f"{high:g}", "PYTORCH_MPS_LOW_WATERMARK_RATIO": f"{low:g}"
+    }  # fmt: skip

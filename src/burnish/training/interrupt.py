@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM as a wish: the step in hand is finished, a checkpoint saved, then the run ends."""
+"""Ctrl-C, SIGTERM and a closed terminal as a wish: the step in hand is finished, a checkpoint saved, then the
+run ends.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,14 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Gives `stop()`, true once a signal came. A second signal ends the process at once."""
+    """Gives `stop()`, true once a signal came. A second signal ends the process at once. What is ignored
+    already stays so: `nohup` runs on when its terminal closes.
+    """
     wished = False
 
     def hear(number: int, _frame: object) -> None:
@@ -18,7 +24,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         wished = True
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, hear) for number in heard}
     try:
         yield lambda: wished
     finally:

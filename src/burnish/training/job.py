@@ -8,30 +8,28 @@ Reads top to bottom as the pipeline does. Every event is recorded in the run fol
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from burnish import __version__, backends
 from burnish.backends.base import Learner
-from burnish.data.formats import question, takes_chat
-from burnish.data.prepare import Prepared, prepare
+from burnish.data.prepare import Prepared
 from burnish.data.render import Renderer
-from burnish.data.training_template import NO_TEMPLATE, OWN
 from burnish.errors import OutOfMemory, UserError, all_problems
 from burnish.evaluation.score import run_task
-from burnish.inference.generate import answer, check_window, sampling
-from burnish.machine.probe import Machine, probe
-from burnish.models.spec import ModelSpec, spec_of
-from burnish.models.tokenizer import Tokenizer, load_tokenizer
+from burnish.inference.generate import answer, sampling
+from burnish.machine.awake import keep_awake
+from burnish.machine.probe import Machine
 from burnish.planning.memory import Part
-from burnish.planning.plan import Choice, Plan, make_plan
+from burnish.planning.plan import Choice, Plan
 from burnish.recipe import Recipe, dump
 from burnish.runs.events import (
     Answered,
@@ -40,14 +38,27 @@ from burnish.runs.events import (
     Interrupted,
     Noted,
     Planned,
+    Recovered,
     Rehearsed,
     Scored,
     Stepped,
     Validated,
 )
 from burnish.runs.folder import ADAPTER, BEST, RunFolder, State
+from burnish.training.keeper import Keeper
+from burnish.training.material import Material, data_notes, fingerprint, gather
+from burnish.training.orders import Aftermath
+from burnish.training.pulse import Pulsing
+from burnish.training.recover import (
+    OUT_OF_MEMORY,
+    after_out_of_memory,
+    difference,
+    first_line,
+    lighter,
+    take,
+)
 from burnish.training.rehearsal import predicted_bytes, rehearse
-from burnish.training.too_large import ran_out, too_large
+from burnish.training.too_large import ran_out, ran_out_again, too_large
 from burnish.training.trackers import check_trackers, open_trackers
 from burnish.training.train import train
 
@@ -55,51 +66,20 @@ PINNED = ("micro_batch", "keep_layers", "ahead", "loss_slice", "pack", "row_leng
 SAME = ("backend", "device", "weights", "compute", "quantize")
 
 
-@dataclass(frozen=True)
-class Material:
-    """What a run is made of, read and checked before anything is written or loaded."""
-
-    plan: Plan
-    prepared: Prepared
-    tokenizer: Tokenizer
-    questions: tuple[tuple[str, list[int]], ...]  # of `ask:`, as text and as the prompt's tokens
-
-
-def gather(recipe: Recipe, near: Path) -> Material:
-    """Read model, data and machine, and plan. Raises UserError for whatever is wrong with any of them."""
-    spec = spec_of(recipe)
-    plan = make_plan(recipe, spec, probe(near))  # refuses an impossible recipe before the data is read
-    prepared = prepare(recipe, load_tokenizer(spec.folder, recipe.trust_remote_code))
-    tokenizer = prepared.tokenizer  # with the template that the data is proven under
-    _check_vocabulary(prepared, spec)
-    wishes = {"train.early_stop": recipe.train.early_stop, "evaluate.task": recipe.evaluate.task}
-    for key, wish in wishes.items():
-        if wish not in (None, "none") and not prepared.valid.examples:
-            raise UserError(
-                f"{key}: {wish}, but there are no validation rows",
-                "set data.valid=FILE.jsonl or data.valid_share=0.1",
-            )
-    questions = _questions(recipe, prepared, tokenizer, spec.max_positions)
-    return Material(plan.tightened(prepared.stats), prepared, tokenizer, questions)
-
-
-def _questions(
-    recipe: Recipe, prepared: Prepared, tokenizer: Tokenizer, positions: int
-) -> tuple[tuple[str, list[int]], ...]:
-    renderer, found = Renderer(tokenizer, recipe.data.loss_on), []
-    chat = takes_chat(recipe.data, tokenizer.has_chat_template)
-    data = recipe.data.model_copy(update={"system": prepared.system})
-    for asked in recipe.ask:
-        prompt = renderer.prompt(question(asked, data, prepared.format, chat))
-        check_window(prompt, positions, "ask: a question")
-        found.append((asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False), prompt))
-    return tuple(found)
-
-
 def run_job(
-    recipe: Recipe, out: Path, *, resume: bool, skip_before: bool, stop: Callable[[], bool]
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool,
+    skip_before: bool,
+    stop: Callable[[], bool],
+    aftermath: Aftermath | None = None,
+    pulse: Callable[[], None] = lambda: None,
 ) -> Iterator[Event]:
-    """Raises UserError (bad input; exit 3 where it will not fit), OutOfMemory, NonFinite, Unsupported."""
+    """`pulse` is called after each thing that was done: a step, a score, a token of an answer.
+
+    Raises UserError (bad input; exit 3 where it will not fit), OutOfMemory, NonFinite, Unsupported.
+    """
     began = time.monotonic()
     material = gather(recipe, out)
     check_trackers(recipe)
@@ -109,33 +89,54 @@ def run_job(
     with (
         (RunFolder.resume if resume else RunFolder.begin)(out, recipe) as run,
         open_trackers(recipe, out) as trackers,
+        Keeper(run.path, recipe.care, stop) as keeper,
+        keep_awake(os.getpid()) if recipe.care.keep_awake else nullcontext("") as awake,
     ):
-        plan = _pinned(material.plan, run) if resume else material.plan
-        if not plan.fits:  # it began with more room than there is now
-            raise too_large(plan)
+        plan, did = _going_on(material.plan, run, aftermath) if resume else (material.plan, "")
         known = run.read_json("plan.json") if resume else None
         run.write_json("plan.json", plan.summary() | _measured(known or {}))
         run.write_json("environment.json", _environment(plan.machine))
-        for event in _events(material, plan, run, resume, skip_before, stop, began):
+        session = _Session(material, plan, run, keeper, resume, skip_before, began, pulse)
+        for event in _events(session, [awake, did], aftermath):
             run.record(event)
             trackers.hear(event)
             yield event
 
 
-def _events(
-    material: Material,
-    plan: Plan,
-    run: RunFolder,
-    resume: bool,
-    skip_before: bool,
-    stop: Callable[[], bool],
-    began: float,
-) -> Iterator[Event]:
-    recipe, prepared = plan.recipe, material.prepared
-    folder, state, notes = _where(run, resume, _fingerprint(prepared))
+@dataclass(frozen=True)
+class _Session:
+    """What is known of a run once it has its folder."""
+
+    material: Material
+    plan: Plan
+    run: RunFolder
+    keeper: Keeper
+    resume: bool
+    skip_before: bool
+    began: float
+    pulse: Callable[[], None]
+
+
+def _going_on(plan: Plan, run: RunFolder, aftermath: Aftermath | None) -> tuple[Plan, str]:
+    """The plan the run began with, cut smaller where that ran out of memory, or where there is less room now;
+    and what was done about it.
+    """
+    begun = plan = _pinned(plan, run)
+    wanted = aftermath is not None and aftermath.lighter
+    while wanted or not plan.fits:
+        way = lighter(plan)
+        if way is None:
+            raise ran_out_again(plan) if wanted else too_large(plan)
+        plan, wanted = way.plan, False
+    return plan, difference(begun, plan)
+
+
+def _events(s: _Session, notes: Sequence[str], aftermath: Aftermath | None) -> Iterator[Event]:
+    prepared, run = s.material.prepared, s.run
+    folder, state, damaged = _where(run, s.resume, fingerprint(prepared))
     yield Planned(
         str(run.path),
-        plan.summary(),
+        s.plan.summary(),
         len(prepared.train.examples),
         len(prepared.valid.examples),
         prepared.train.tokens,
@@ -144,56 +145,79 @@ def _events(
         prepared.train.truncated,
         state.step,
     )
-    yield from map(Noted, [*_data_notes(prepared), *notes])
-    learner = backends.open(plan)
+    yield from (Noted(n) for n in (*data_notes(prepared), *damaged, *notes) if n)
+    learner = Pulsing(backends.open(s.plan), s.pulse)
     try:
         if folder is not None:
             learner.load(folder)
-        else:
-            yield from _begin(learner, material, plan, run, skip_before, stop)
-        step, best_step = state.step, state.best_step
-        for event in train(plan, learner, prepared, run, state, stop):
-            yield event
-            if isinstance(event, Stepped):
-                step = event.step
-            elif isinstance(event, Validated) and event.best:
-                best_step = event.step
-            elif isinstance(event, Interrupted):
-                return
-        peak = learner.memory().peak_bytes
-        from_step = step
-        if recipe.train.best and best_step is not None and best_step != step:
-            learner.load_adapter(run.path / BEST)
-            from_step = best_step
-        adapter = run.publish(ADAPTER, lambda folder: _write_adapter(folder, learner, material))
-        yield from _judge("after", learner, material, stop)
-        yield Finished(step, str(adapter), from_step, time.monotonic() - began, plan.total_bytes, peak)
+        if aftermath is not None:
+            yield _recovered(aftermath, state.step, notes[-1])
+        if folder is None:
+            yield from _begin(s, learner)
+        yield from _trained(s, learner, state)
     finally:
         learner.close()
 
 
-def _begin(
-    learner: Learner,
-    material: Material,
-    plan: Plan,
-    run: RunFolder,
-    skip_before: bool,
-    stop: Callable[[], bool],
-) -> Iterator[Event]:
+def _recovered(aftermath: Aftermath, step: int, did: str) -> Recovered:
+    repeated = max(0, aftermath.step - step)
+    lost = time.monotonic() - aftermath.since
+    how = f"a new process went on{f', with {did}' if did else ''}"
+    return Recovered(step, aftermath.cause, how, repeated, lost, aftermath.error)
+
+
+def _trained(s: _Session, learner: Learner, state: State) -> Iterator[Event]:
+    """The steps, the adapter, the answers after."""
+    step, best_step = state.step, state.best_step
+    for event in train(learner.plan, learner, s.material.prepared, s.run, state, s.keeper):
+        yield event
+        if isinstance(event, Stepped):
+            step = event.step
+        elif isinstance(event, Validated) and event.best:
+            best_step = event.step
+        elif isinstance(event, Interrupted):
+            return
+    peak = learner.memory().peak_bytes
+    from_step = step
+    if s.plan.recipe.train.best and best_step is not None and best_step != step:
+        learner.load_adapter(s.run.path / BEST)
+        from_step = best_step
+    adapter = s.run.publish(ADAPTER, lambda folder: _write_adapter(folder, learner, s.material))
+    yield from _judge("after", learner, s.material, s.keeper.stop)
+    seconds = time.monotonic() - s.began
+    yield Finished(step, str(adapter), from_step, seconds, learner.plan.total_bytes, peak)
+
+
+def _begin(s: _Session, learner: Learner) -> Iterator[Event]:
     """What comes before the first step of all: memory first, for it may end the run."""
-    if not stop():
-        rehearsed = _rehearsed(learner, material.prepared, plan)
-        run.write_json("plan.json", measured_summary(plan, rehearsed))
+    if not s.keeper.stop():
+        rehearsed = yield from _rehearsed(learner, s.material.prepared, s.run)
+        s.run.write_json("plan.json", measured_summary(learner.plan, rehearsed))
         yield rehearsed
-    if not skip_before:
-        yield from _judge("before", learner, material, stop)
+    if not s.skip_before:
+        yield from _judge("before", learner, s.material, s.keeper.stop)
 
 
-def _rehearsed(learner: Learner, prepared: Prepared, plan: Plan) -> Rehearsed:
-    try:
-        return rehearse(plan, learner, prepared)
-    except OutOfMemory as e:
-        raise ran_out(plan, learner.memory().peak_bytes, predicted_bytes(plan), e) from e
+def _rehearsed(
+    learner: Learner, prepared: Prepared, run: RunFolder | None
+) -> Generator[Event, None, Rehearsed]:
+    """Run the longest step; where memory runs out, rung by rung in a smaller cut, if there is a `run` to go
+    on with it.
+    """
+    tries = 0
+    while True:
+        plan, began = learner.plan, time.perf_counter()
+        try:
+            return rehearse(plan, learner, prepared)
+        except OutOfMemory as e:
+            failed, peak = e, learner.memory().peak_bytes
+        way = after_out_of_memory(plan, tries) if run is not None else None
+        if way is None or run is None:
+            raise ran_out(plan, peak, predicted_bytes(plan), failed) from failed
+        take(way, plan, learner, run, failed)
+        seconds, text = time.perf_counter() - began, first_line(failed)
+        yield Recovered(0, f"{OUT_OF_MEMORY} in the rehearsal", way.did, 0, seconds, text)
+        tries += 1
 
 
 def measure(recipe: Recipe, near: Path) -> dict[str, Any]:
@@ -207,9 +231,18 @@ def measure(recipe: Recipe, near: Path) -> dict[str, Any]:
         raise too_large(plan)
     learner = backends.open(plan)
     try:
-        return measured_summary(plan, _rehearsed(learner, material.prepared, plan))
+        return measured_summary(plan, _last(_rehearsed(learner, material.prepared, None)))
     finally:
         learner.close()
+
+
+def _last(events: Generator[Event, None, Rehearsed]) -> Rehearsed:
+    """What a generator returns that has nothing to yield."""
+    try:
+        next(events)
+    except StopIteration as e:
+        return e.value
+    raise AssertionError("nothing is recovered where there is no run")
 
 
 def measured_summary(plan: Plan, rehearsed: Rehearsed) -> dict[str, Any]:
@@ -220,24 +253,6 @@ def measured_summary(plan: Plan, rehearsed: Rehearsed) -> dict[str, Any]:
 def _measured(summary: Mapping[str, Any]) -> dict[str, Any]:
     """What a run that is resumed has measured already."""
     return {k: v for k, v in summary.items() if k == "measured"}
-
-
-def _data_notes(prepared: Prepared) -> Iterator[str]:
-    """What a person should know of the data before it is trained."""
-    if prepared.template not in (OWN, NO_TEMPLATE):
-        yield f"chat template: {prepared.template}, stored with the adapter, for {prepared.template_why}"
-    if prepared.bad:
-        first = prepared.bad[0]
-        yield f"{len(prepared.bad)} rows left out that cannot be used, such as {first.at}: {first.why}"
-    if prepared.valid.dropped or prepared.valid.truncated:
-        yield (
-            f"{prepared.valid.dropped} validation rows left out and {prepared.valid.truncated} cut: "
-            "too long, or nothing to score"
-        )
-    if prepared.normalized:
-        yield f"the tokenizer brings Unicode into its normal form: {prepared.normalized} rows differ by that"
-    if prepared.trimmed:
-        yield f"the chat template removes the outer white space of {prepared.trimmed} texts"
 
 
 def _where(run: RunFolder, resume: bool, fingerprint: str) -> tuple[Path | None, State, list[str]]:
@@ -300,14 +315,6 @@ def _write_adapter(folder: Path, learner: Learner, material: Material) -> None:
     )
 
 
-def _fingerprint(prepared: Prepared) -> str:
-    digest = hashlib.sha256()
-    for e in (*prepared.train.examples, *prepared.valid.examples):
-        digest.update(e.tokens.tobytes())
-        digest.update(e.weights.tobytes())
-    return digest.hexdigest()
-
-
 def _pinned(plan: Plan, run: RunFolder) -> Plan:
     """The decisions the run began with: free memory may have changed since, but the numbers must not."""
     began = run.read_json("plan.json")
@@ -335,17 +342,6 @@ def _pinned(plan: Plan, run: RunFolder) -> Plan:
     parts = tuple(Part(p["part"], p["bytes"], p["why"]) for p in began["estimate"])
     shaped = {name: values[name] for name in ("micro_batch", "keep_layers", "ahead", "loss_slice")}
     return replace(plan, **kept, estimate=parts, shape=replace(plan.shape, **shaped))
-
-
-def _check_vocabulary(prepared: Prepared, spec: ModelSpec) -> None:
-    """A tokenizer with more words than the model has rows for would read beyond its embeddings."""
-    examples = [*prepared.train.examples, *prepared.valid.examples]
-    most = max(int(e.tokens.max()) for e in examples)
-    if most >= spec.vocab_size:
-        raise UserError(
-            f"the tokenizer gives token {most}, but the model in {spec.folder} has {spec.vocab_size} words",
-            "use the tokenizer that came with the model",
-        )
 
 
 def _environment(machine: Machine) -> dict[str, object]:

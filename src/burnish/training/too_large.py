@@ -34,6 +34,16 @@ def ran_out(plan: Plan, peak_bytes: int, predicted_bytes: int, error: OutOfMemor
     )
 
 
+def ran_out_again(plan: Plan) -> UserError:
+    """Of a run whose processes ended for want of memory until nothing was left to take less."""
+    return UserError(
+        "memory ran out again, and the steps cannot be cut any smaller: "
+        f"{plan.micro_batch.value} row a pass, {plan.keep_layers.value} layers kept",
+        _less(plan),
+        EXIT_WILL_NOT_FIT,
+    )
+
+
 def _less(plan: Plan) -> str:
     """What to type for a plan that takes clearly less: the same training where that can be, else another.
 

@@ -33,7 +33,7 @@ class MlxLearner:
     """
 
     def __init__(self, decoder: Decoder, context: Context, plan: Plan, device: mx.Device) -> None:
-        self._decoder, self._context, self._plan, self._device = decoder, context, plan, device
+        self._decoder, self._context, self.plan, self._device = decoder, context, plan, device
         self._n_words = plan.spec.vocab_size
         self._ahead, self._waits_at_bytes = _pace(plan)
         self._build()
@@ -50,16 +50,16 @@ class MlxLearner:
 
     def _build(self) -> None:
         """What is compiled for one device and dtype; compiling itself waits for the first use."""
-        first, keep = min(self._plan.layers.value), self._plan.keep_layers.value
+        first, keep = min(self.plan.layers.value), self.plan.keep_layers.value
         self._engine = Engine(self._decoder, self._context, first, keep, self._ahead)
-        self._loss = SlicedLoss(self._decoder.logits, self._plan.loss_slice.value)
+        self._loss = SlicedLoss(self._decoder.logits, self.plan.loss_slice.value)
 
     @contextmanager
     def _here(self) -> Iterator[None]:
         """On this learner's device, within its limits, MLX's errors as ours."""
         with (
             mx.stream(mx.default_stream(self._device)),
-            limits(self._waits_at_bytes, self._plan.budget.value),
+            limits(self._waits_at_bytes, self.plan.budget.value),
             translated(),
         ):
             yield
@@ -136,18 +136,27 @@ class MlxLearner:
             norm = _norm(gradients)
             if not np.isfinite(loss) or not np.isfinite(norm):
                 raise NonFinite(f"loss {loss}, gradient norm {norm} at step {self._step + 1}")
-            clip = self._plan.recipe.train.clip
+            clip = self.plan.recipe.train.clip
             shrink = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
             optimizer, weights = self._optimizer.stepped(self._weights, gradients, shrink, lr)
         return optimizer, weights, StepStats(loss, norm, total, sum(m.n_tokens for m in micros))
 
+    def reshape(self, plan: Plan) -> None:
+        """Compiled anew at first use. The adapter's arrays are its own, the engine's names for them too."""
+        self.plan = plan
+        self._ahead, self._waits_at_bytes = _pace(plan)
+        self._prefixes.clear()
+        self._build()
+        self._put(self._weights)
+        free_cache()
+
     def save(self, folder: Path) -> None:
         arrays = self._weights, self._optimizer.first, self._optimizer.second
         weights, first, second = ({k: np.array(v) for k, v in some.items()} for some in arrays)
-        adapter_folder.write(folder, self._plan, State(weights, first, second, self._step))
+        adapter_folder.write(folder, self.plan, State(weights, first, second, self._step))
 
     def load(self, folder: Path) -> None:
-        state = adapter_folder.read(folder, self._plan)  # whole and right, or nothing changes
+        state = adapter_folder.read(folder, self.plan)  # whole and right, or nothing changes
         with self._here():
             optimizer = self._optimizer.at(state.first, state.second, state.step)
             self._put({k: mx.array(v) for k, v in state.weights.items()})
@@ -155,7 +164,7 @@ class MlxLearner:
         self._step = state.step
 
     def load_adapter(self, folder: Path) -> None:
-        weights = adapter_folder.read_weights(folder, self._plan)
+        weights = adapter_folder.read_weights(folder, self.plan)
         with self._here():
             self._put({k: mx.array(v) for k, v in weights.items()})
 
@@ -163,7 +172,7 @@ class MlxLearner:
         """Make these the adapter's weights; keys are those of `adapter_folder.shapes`."""
         self._weights = dict(weights)
         self._prefixes.clear()
-        for i in self._plan.layers.value:
+        for i in self.plan.layers.value:
             names = self._engine.adapter_names(i)
             self._engine.put(i, [self._weights[_key(i, name)] for name in names])
 
@@ -192,10 +201,10 @@ class MlxLearner:
 
     def _keys(self, micro: int) -> mx.array | None:
         """uint32 [layers, projections, 2]: names the dropout masks of this step and micro-batch."""
-        if not self._plan.recipe.lora.dropout:
+        if not self.plan.recipe.lora.dropout:
             return None
-        shape = (self._plan.spec.n_layers, len(self._shapes) // (2 * len(self._plan.layers.value)), 2)
-        named = np.random.SeedSequence([self._plan.recipe.train.seed, self._step, micro])
+        shape = (self.plan.spec.n_layers, len(self._shapes) // (2 * len(self.plan.layers.value)), 2)
+        named = np.random.SeedSequence([self.plan.recipe.train.seed, self._step, micro])
         return mx.array(named.generate_state(int(np.prod(shape)), np.uint32).reshape(shape))
 
     def _rows(self, batch: Batch) -> tuple[mx.array, mx.array | None]:

@@ -39,7 +39,7 @@ class TorchLearner:
     """
 
     def __init__(self, model: Any, plan: Plan, masks: Masks, compute: torch.dtype) -> None:
-        self._model, self._plan, self._masks, self._compute = model, plan, masks, compute
+        self._model, self.plan, self._masks, self._compute = model, plan, masks, compute
         base = model.get_base_model()
         self._decoder = base.get_decoder()
         self._embed = base.get_input_embeddings()
@@ -49,7 +49,7 @@ class TorchLearner:
         self._n_layers = plan.spec.n_layers
         self._step = 0  # optimizer steps taken; it names the dropout masks
         model.eval()  # the base has no dropout of its own; ours is in Masks
-        self._recompute = Recomputation(self._decoder.layers, min(plan.layers.value), plan.keep_layers.value)
+        self._recompute = self._recomputation()
         self._trainable = {_plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
         self._optimizer = _adamw(list(self._trainable.values()), plan.recipe.train.weight_decay)
         self._adapted = [m for m in model.modules() if isinstance(m, LoraLinear)]
@@ -75,7 +75,7 @@ class TorchLearner:
 
     @contextmanager
     def moved(self, device: str, dtype: str) -> Iterator[None]:
-        if self._plan.quantize.value != "none":
+        if self.plan.quantize.value != "none":
             raise Unsupported("a quantised base stays where it is and as it is")
         tensors = [*self._model.parameters(), *self._model.buffers()]
         before = [(t, t.device, t.dtype) for t in tensors]
@@ -106,7 +106,7 @@ class TorchLearner:
 
     def step(self, micros: Sequence[Batch], lr: float) -> StepStats:
         with self._differentiated(micros) as stats:
-            clip = self._plan.recipe.train.clip
+            clip = self.plan.recipe.train.clip
             if clip is not None:
                 nn.utils.clip_grads_with_norm_(
                     list(self._trainable.values()), clip, torch.tensor(stats.grad_norm)
@@ -123,6 +123,15 @@ class TorchLearner:
         with self._differentiated(micros):
             pass
 
+    def reshape(self, plan: Plan) -> None:
+        self.plan, self._slice = plan, plan.loss_slice.value
+        self._recompute = self._recomputation()
+        free_cache(self._device)
+
+    def _recomputation(self) -> Recomputation:
+        plan = self.plan
+        return Recomputation(self._decoder.layers, min(plan.layers.value), plan.keep_layers.value)
+
     def save(self, folder: Path) -> None:
         moments = {n: self._optimizer.state[p] for n, p in self._trainable.items()}
         state = State(
@@ -131,10 +140,10 @@ class TorchLearner:
             {n: _array(m["exp_avg_sq"]) for n, m in moments.items()},
             self._step,
         )
-        adapter_folder.write(folder, self._plan, state)
+        adapter_folder.write(folder, self.plan, state)
 
     def load(self, folder: Path) -> None:
-        state = adapter_folder.read(folder, self._plan, self._shapes())  # whole and right, or nothing changes
+        state = adapter_folder.read(folder, self.plan, self._shapes())  # whole and right, or nothing changes
         self._put(state.weights)
         for name, p in self._trainable.items():
             moments = self._optimizer.state[p]
@@ -144,7 +153,7 @@ class TorchLearner:
         self._step = state.step
 
     def load_adapter(self, folder: Path) -> None:
-        self._put(adapter_folder.read_weights(folder, self._plan, self._shapes()))
+        self._put(adapter_folder.read_weights(folder, self.plan, self._shapes()))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {n: tuple(p.shape) for n, p in self._trainable.items()}

@@ -1,0 +1,60 @@
+"""`burnish pause`, `resume` and `stop`: from another terminal than the run's."""
+
+from __future__ import annotations
+
+import time
+
+from burnish.cli.show import console
+from burnish.cli.train import train_orders
+from burnish.errors import UserError
+from burnish.recipe import expand, load
+from burnish.report.run_facts import check_run, run_facts
+from burnish.runs.lock import LOCK, in_use
+from burnish.runs.wish import ask, wished
+from burnish.training.orders import Orders
+
+WAIT_S, LOOK_S = 10.0, 0.2
+
+
+def pause_command(run: str) -> None:
+    folder = expand(run)
+    _check_running(run)
+    ask(folder, "pause")
+    console().print(
+        f"{run} pauses after the step in hand, with a checkpoint; its memory stays taken.\n"
+        f"  burnish resume {run}   goes on, burnish stop {run}   ends it"
+    )
+
+
+def stop_command(run: str) -> None:
+    folder = expand(run)
+    _check_running(run)
+    ask(folder, "stop")
+    end = time.monotonic() + WAIT_S
+    while in_use(folder / LOCK) and time.monotonic() < end:
+        time.sleep(LOOK_S)
+    words = "will end after the step in hand" if in_use(folder / LOCK) else "has ended"
+    console().print(f"{run} {words}, with a checkpoint.\n  burnish resume {run}   goes on from there")
+
+
+def resume_command(run: str, json: bool) -> None:
+    """A run that waits goes on in its own terminal; one that has ended goes on in this one."""
+    folder = expand(run)
+    check_run(folder)
+    if in_use(folder / LOCK):
+        if wished(folder) != "pause":
+            raise UserError(f"{run} goes on already", f"burnish report {run}   tells how far it is")
+        ask(folder, "")
+        console().print(f"{run} goes on in its own terminal")
+        return
+    if run_facts(folder)["state"]["kind"] == "finished":
+        raise UserError(f"{run} has finished", f"burnish generate {run}   asks it something")
+    recipe = load(str(folder / "recipe.yaml"))
+    train_orders(Orders(recipe, folder, resume=True, skip_before=False), in_process=False, json=json)
+
+
+def _check_running(run: str) -> None:
+    folder = expand(run)
+    check_run(folder)
+    if not in_use(folder / LOCK):
+        raise UserError(f"nothing trains in {run} now", f"burnish report {run}   tells what became of it")

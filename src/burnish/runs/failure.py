@@ -1,0 +1,54 @@
+"""The post-mortem of a run that did not end well: failure.json, and the last line of its records.
+
+    record_failure(folder, failure_of(error, step), log=[…])
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from burnish.errors import UserError
+from burnish.machine.diagnosis import diagnose
+from burnish.runs.atomic import write_text
+from burnish.runs.events import Failed, as_json
+
+FAILURE = "failure.json"
+LOG_LINES = 60  # of what the process said last
+
+
+def failure_of(error: UserError, step: int, log: Sequence[str] = ()) -> Failed:
+    """What a person is told of `error`, with the catalogue's advice after its own hint. log: what else was
+    said; the catalogue is asked with it where the error's own words are not in it.
+    """
+    found = diagnose(error.message) or diagnose("\n".join(log))
+    advice = [error.hint] if error.hint else []
+    if found is not None:
+        advice += [f"{r.text}: {r.try_}" if r.try_ else r.text for r in found.remedies]
+    first, _, rest = error.message.partition("\n")
+    what = found.cause if found is not None and rest else first
+    return Failed(step, what, error.message, tuple(advice), "" if found is None else found.id)
+
+
+def record_failure(folder: Path, failure: Failed, log: Sequence[str] = ()) -> None:
+    """Into the folder of a run that nobody owns any more. What a full or lost disk refuses is let be: the
+    error itself is told anyway.
+    """
+    told = {k.strip("_"): v for k, v in asdict(failure).items()}
+    told |= {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "log": list(log[-LOG_LINES:])}
+    with suppress(OSError), (folder / "events.jsonl").open("ab") as events:
+        if events.tell() and not _ends_whole(folder / "events.jsonl"):
+            events.write(b"\n")  # a process that was killed in the middle of a line
+        events.write(json.dumps(as_json(failure), ensure_ascii=False).encode() + b"\n")
+    with suppress(UserError):
+        write_text(folder / FAILURE, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+
+
+def _ends_whole(path: Path) -> bool:
+    with path.open("rb") as f:
+        f.seek(-1, 2)
+        return f.read(1) == b"\n"

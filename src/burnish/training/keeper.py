@@ -1,0 +1,78 @@
+"""The keeper of a run: looks at the machine and at what other terminals ask for, and says when to wait.
+
+    with Keeper(run.path, recipe.care, stop) as keeper:
+        if keeper.stop(): ...
+        asked = keeper.verdict()       # go-on, slow or pause, and why
+
+Power, heat and memory pressure are read in a thread every LOOK_S seconds, so a step never waits for a
+thermometer; the loop asks between steps, which costs it the look at one small file.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from burnish.machine.health import Health, Quick, Verdict, read_health, verdict
+from burnish.recipe import Care
+from burnish.runs.wish import wished
+
+LOOK_S = 20.0
+ASKED = Verdict("pause", "asked", "asked for; `burnish resume` goes on")
+
+Read = Callable[[], Health]
+
+
+def _read() -> Health:
+    return read_health(Quick())
+
+
+class Keeper:
+    """Owns the thread. stop: the wish of this process's own terminal. read: for tests."""
+
+    def __init__(
+        self, folder: Path, care: Care, stop: Callable[[], bool], read: Read = _read, look_s: float = LOOK_S
+    ) -> None:
+        self._folder, self._care, self._stop = folder, care, stop
+        self._read, self._look_s = read, look_s
+        self._health, self._over = Health(), threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True, name="keeper")
+
+    def __enter__(self) -> Keeper:
+        if self._heeds_anything():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2)  # a tool that hangs in a driver is not waited for
+
+    def stop(self) -> bool:
+        return self._stop() or wished(self._folder) == "stop"
+
+    def verdict(self, paused: str = "") -> Verdict:
+        """paused: the `why` of the pause that the run is in; it wants better than what paused it."""
+        if wished(self._folder) == "pause":
+            return ASKED
+        care = self._care
+        return verdict(
+            self._health, care.on_battery, care.min_battery, care.when_hot, care.under_pressure, paused
+        )
+
+    def wait(self, seconds: float) -> None:
+        """So long, or until the run is to stop."""
+        left = seconds
+        while left > 0 and not self.stop():
+            self._over.wait(min(left, 0.2))
+            left -= 0.2
+
+    def _heeds_anything(self) -> bool:
+        care = self._care
+        quiet = (care.on_battery, care.when_hot, care.under_pressure) == ("go-on",) * 3
+        return not quiet or care.min_battery > 0
+
+    def _look(self) -> None:
+        while not self._over.wait(self._look_s):
+            self._health = self._read()

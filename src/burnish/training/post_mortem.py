@@ -1,0 +1,30 @@
+"""A run's events with its end: whatever ends it badly stands in the run folder before it is raised."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from burnish.errors import EXIT_FAILED, UserError, in_words
+from burnish.runs.events import Event, Planned, Stepped
+from burnish.runs.failure import failure_of, record_failure
+
+
+def with_post_mortem(events: Iterator[Event], out: Path) -> Iterator[Event]:
+    """The same events. What they raise is written to failure.json first, if the run had begun: input that is
+    refused before that leaves nothing.
+    """
+    begun, step = False, 0
+    try:
+        for event in events:
+            if isinstance(event, Planned):
+                begun, step = True, event.resumed_at
+            elif isinstance(event, Stepped):
+                step = event.step
+            yield event
+    except Exception as e:
+        if begun:
+            said = in_words(e) or UserError("".join(traceback.format_exception(e)), "", EXIT_FAILED)
+            record_failure(out, failure_of(said, step, said.log), said.log)
+        raise
