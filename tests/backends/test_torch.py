@@ -210,6 +210,7 @@ MESSAGES = [
         "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory: "
         "you tried to allocate 400000000000 bytes. Error code 12 (Cannot allocate memory)",
     ),
+    (OutOfMemory, "", "could not create a primitive"),  # oneDNN under RLIMIT_DATA
     (
         OutOfMemory,
         "",

@@ -94,9 +94,9 @@ class Process:
         self._log: deque[str] = deque(maxlen=TAIL_LINES)
         self._told: Told | None = None
         self._hung_s, self._asked_to_stop = 0.0, False
-        readers = ((self._process.stdout, self._lines.put), (self._process.stderr, self._log.append))
         self._readers = [
-            threading.Thread(target=_read, args=reader, daemon=True, name="reader") for reader in readers
+            threading.Thread(target=read, daemon=True, name="reader")
+            for read in (self._read_lines, self._read_log)
         ]
         for reader in self._readers:
             reader.start()
@@ -142,6 +142,15 @@ class Process:
         name = signal.Signals(-code).name if code < 0 and not self._hung_s else ""
         return End(code, name, self._hung_s, self._told, tuple(self._log))
 
+    def _read_lines(self) -> None:
+        assert self._process.stdout is not None
+        _read(self._process.stdout, self._lines.put)
+        self._lines.put(None)  # the end
+
+    def _read_log(self) -> None:
+        assert self._process.stderr is not None
+        _read(self._process.stderr, self._log.append)
+
     def _heard(self, line: str) -> dict[str, Any] | None:
         try:
             told = json.loads(line)
@@ -163,5 +172,3 @@ def _read(pipe: IO[str], put: Callable[[str], None]) -> None:
     with suppress(ValueError, OSError):  # closed while it was read
         for line in pipe:
             put(line.rstrip("\n"))
-    with suppress(TypeError):
-        put(None)  # type: ignore[arg-type]  # the end

@@ -110,7 +110,7 @@ def supervise(
         if heard.deaths >= orders.recipe.care.restarts:
             raise _given_up(death, heard, end)
         wait_s = back_off[min(heard.deaths, len(back_off) - 1)]
-        yield Noted(f"the training process {death.words} after step {heard.step}; {_next(heard)}")
+        yield Noted(f"after step {heard.step} the training process {death.words}; {_next(heard)}")
         if _stopped_while(wait_s, stop):
             yield Interrupted(heard.saved, str(orders.out))
             return
@@ -137,7 +137,7 @@ def _death(end: End, heard: _Heard) -> Death | None:
         return Death(known, f"ended: {last}", last, True)
     memory = known in SHORT_OF_MEMORY | TOO_LONG_FOR_A_GPU
     if end.signal == "SIGKILL":
-        words = "was killed by SIGKILL, which the system does when memory runs out"
+        words = "was killed by SIGKILL, as the system does when memory runs out"
         return Death(end.signal, words, last, True)
     if end.signal:
         # MLX's allocator on a CPU crashes where it gets nothing.

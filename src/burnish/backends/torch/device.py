@@ -20,6 +20,9 @@ _OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "Invalid buffer size",  # MPS: one buffer above the device's limit
 )
+# oneDNN on a CPU whose memory is limited (RLIMIT_DATA): the whole message. Of what it cannot do at all, it
+# says more than that ("… a primitive descriptor for …").
+_NOTHING_LEFT = ("could not create a primitive", "could not execute a primitive")
 _MIXED_DTYPES = (
     "requires the same element type",  # 'mps.add' op requires … for all operands and results
     "to have the same dtype",  # expected mat1 and mat2 to have the same dtype, but got: …
@@ -42,6 +45,8 @@ def meaning(error: BaseException) -> Exception | None:
         return None
     text = str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(t in text for t in _OUT_OF_MEMORY):
+        return OutOfMemory(text)
+    if text.strip() in _NOTHING_LEFT:
         return OutOfMemory(text)
     if any(t in text for t in _MIXED_DTYPES):
         return Unsupported(text, "dtype")
