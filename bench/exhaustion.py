@@ -121,7 +121,8 @@ def run(a: argparse.Namespace, place: Path, out: Path, n_bytes: int) -> dict[str
     recipe = load(str(place / "recipe.yaml"), overrides)
     losses: dict[int, float] = {}
     found: dict[str, Any] = {"ended": "?", "recovered": [], "notes": [], "peak": 0}
-    with cgroup(n_bytes, bool(n_bytes) and a.by == "cgroup") as group:
+    by_cgroup = a.device == "cpu" and a.by == "cgroup"
+    with cgroup(n_bytes, bool(n_bytes) and by_cgroup) as group:
         os.environ[HELD] = json.dumps({"bytes": n_bytes, "by": a.by, "cgroup": group})
         command = [sys.executable, str(Path(__file__).resolve()), "--child"]
         began = time.monotonic()

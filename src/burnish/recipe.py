@@ -187,7 +187,7 @@ class Care(Section):
         default="stop", description="a step that is NaN twice: end the run, or leave that step out, once"
     )
     restarts: Annotated[int, Field(ge=0)] = Field(
-        default=5, description="new processes after a crash, in a row without a new checkpoint"
+        default=6, description="new processes after a crash, in a row without a new checkpoint"
     )
     silence_s: Positive | Literal["auto"] = Field(
         default="auto", description="seconds without a word from the training process until it counts as hung"
@@ -314,7 +314,11 @@ def parse(text: str, where: str = "recipe", overrides: Sequence[str] = ()) -> Re
 
 def dump(recipe: Recipe) -> str:
     """YAML that `parse` reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True, sort_keys=False, width=100)
+    asked = recipe.model_dump(mode="json")
+    text = yaml.safe_dump(asked, allow_unicode=True, sort_keys=False, width=100)
+    if yaml.safe_load(text) == asked:
+        return text
+    return yaml.safe_dump(asked, sort_keys=False, width=100)  # U+0085 and its like: newlines to YAML
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:

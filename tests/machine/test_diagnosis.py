@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from burnish.cli.app import app
 from burnish.machine.diagnosis import Diagnosis, diagnose, entries, entry, language_of, matching
 from burnish.machine.doctor import checks
 from burnish.machine.probe import probe
@@ -24,10 +25,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 OVERRIDE = re.compile(r"[a-z_]+(?:\.[a-z_]+)?=")
-VERBS = {
-    "doctor", "plan", "fetch", "data", "train", "generate", "chat", "eval", "compare", "export", "serve",
-    "recipes", "selftest", "convert", "pause", "resume", "stop", "report",
-}  # fmt: skip
+VERBS = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
 # Tried once a line, from its beginning.
 UNLESS_AN_ERROR = r"^(?:\w+\.)*\w*(?:Error|Exception)\b"
 # What a remedy may have a person type beside recipe keys, burnish and pip: nothing that destroys anything.

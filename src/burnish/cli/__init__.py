@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -12,14 +13,12 @@ def main() -> None:
     traceback.
     """
     from burnish.cli.app import app
-    from burnish.cli.failures import exit_code_of
+    from burnish.cli.failures import exit_code_of, language_asked
+    from burnish.machine.diagnosis import language_of
 
+    language = language_of(os.environ)
     try:
-        app()
-    except (
-        Exception
-    ) as e:  # the one place: what is a person's to mend is said in a sentence, all else is raised
-        code = exit_code_of(e)
-        if code is None:
-            raise
-        sys.exit(code)
+        language, arguments = language_asked(sys.argv[1:], language)
+        app(arguments)
+    except Exception as e:  # the one place: whatever there is to say is said, and what is known of it
+        sys.exit(exit_code_of(e, language))

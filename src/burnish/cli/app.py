@@ -14,7 +14,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Fine-tune language models with LoRA on the machine you have.",
+    help="Fine-tune language models with LoRA on the machine you have. `--lang zh` anywhere: what is known of "
+    "an error is said in Chinese (else by $LANG).",
 )
 
 RecipeName = Annotated[
@@ -148,6 +149,19 @@ def doctor(json: Json = False) -> None:
     from burnish.cli.doctor import doctor_command
 
     doctor_command(json)
+
+
+@app.command()
+def explain(
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="an error message or a log; '-' or nothing reads stdin")
+    ] = "-",
+    json: Json = False,
+) -> None:
+    """What an error message means and what to try, whatever program wrote it."""
+    from burnish.cli.explain import explain_command
+
+    explain_command(source, json)
 
 
 @app.command()

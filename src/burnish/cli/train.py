@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,11 +35,19 @@ def train_command(
 def train_orders(orders: Orders, in_process: bool, json: bool) -> None:
     recipe: Recipe = orders.recipe
     scores: dict[str, Scored] = {}
-    interrupted = False
-    with interruptible() as stop, JsonView() if json else TrainView(recipe.train.log_every) as view:
-        events = _here(orders, stop) if in_process else supervise(orders, stop)
+    interrupted, unheard = False, False
+    with interruptible() as wished, JsonView() if json else TrainView(recipe.train.log_every) as view:
+
+        def stop() -> bool:
+            return wished() or unheard
+
+        events = _here(orders, stop) if in_process else supervise(orders, stop, insisted=wished.insisted)
         for event in with_post_mortem(events, orders.out):
-            view.hear(event)
+            try:
+                view.hear(event)
+            except OSError:  # the terminal is gone, or whoever read our output: save, and end
+                unheard = True
+                _to_nowhere()
             interrupted = interrupted or isinstance(event, Interrupted)
             if isinstance(event, Scored):
                 scores[event.when] = event
@@ -48,6 +57,13 @@ def train_orders(orders: Orders, in_process: bool, json: bool) -> None:
         before, after = scores["before"], scores["after"]
         task = after.task.replace("-", " ")
         print(f"held-out {task}: before {before.percent:.1f} %, after {after.percent:.1f} %", flush=True)
+
+
+def _to_nowhere() -> None:
+    """What is printed from now on goes nowhere, and fails no more: not even at the interpreter's end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
 
 
 def _here(orders: Orders, stop: Callable[[], bool]) -> Iterator[Event]:

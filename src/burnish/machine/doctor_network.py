@@ -75,7 +75,7 @@ def offline(environment: Mapping[str, str]) -> list[Check]:
             "offline",
             "warning",
             f"{', '.join(on)} set: nothing is downloaded, only what is there is used",
-            f"unset {' '.join(on)} before burnish fetch",
+            f"unset {' '.join(on)} before a download",
         )
     ]
 

@@ -40,12 +40,17 @@ def record_failure(folder: Path, failure: Failed, log: Sequence[str] = ()) -> No
     """
     told = {k.strip("_"): v for k, v in asdict(failure).items()}
     told |= {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "log": list(log[-LOG_LINES:])}
+    # A path of bytes that are no UTF-8 comes with lone surrogates.
+    line, text = (
+        json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        for value, indent in ((as_json(failure), None), (told, 1))
+    )
     with suppress(OSError), (folder / "events.jsonl").open("ab") as events:
         if events.tell() and not _ends_whole(folder / "events.jsonl"):
             events.write(b"\n")  # a process that was killed in the middle of a line
-        events.write(json.dumps(as_json(failure), ensure_ascii=False).encode() + b"\n")
+        events.write(line + b"\n")
     with suppress(UserError):
-        write_text(folder / FAILURE, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        write_text(folder / FAILURE, text.decode() + "\n")
 
 
 def _ends_whole(path: Path) -> bool:

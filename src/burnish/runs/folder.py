@@ -39,6 +39,7 @@ class State:
     best_loss: float | None = None
     best_step: int | None = None
     stale: int = 0  # validations since the best one
+    skipped: bool = False  # the step before was left out: its numbers were not finite
     data: str = ""  # checksum of the examples
 
 
@@ -50,8 +51,8 @@ class RunFolder:
         self._lock = lock
         self._events = self._metrics = None
         try:
-            self._events = (path / "events.jsonl").open("a", encoding="utf-8")
-            self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+            self._events = _appended(path / "events.jsonl")
+            self._metrics = _appended(path / "metrics.jsonl")
         except OSError as e:
             self.close()
             raise UserError(
@@ -85,8 +86,12 @@ class RunFolder:
         return cls(path, lock)
 
     @classmethod
-    def resume(cls, path: Path, recipe: Recipe) -> RunFolder:
-        """An existing run. Raises UserError where there is none, it is in use, or its recipe was another."""
+    def resume(cls, path: Path, recipe: Recipe, by_itself: bool = False) -> RunFolder:
+        """An existing run. Raises UserError where there is none, it is in use, or its recipe was another.
+
+        by_itself: nobody asked for it, a new process takes a dead one's place; what somebody wished for
+        meanwhile still holds.
+        """
         if not (path / "recipe.yaml").is_file():
             raise UserError(f"{path} holds no run to resume", "leave --resume out to begin one")
         lock = locked(path)
@@ -101,8 +106,8 @@ class RunFolder:
             )
         clean(path)
         clean(path / "checkpoints")
-        for name in (FAILURE, WISH):
-            (path / name).unlink(missing_ok=True)
+        if not by_itself:
+            (path / WISH).unlink(missing_ok=True)
         if began != recipe:  # in `care` alone
             write_text(path / "recipe.yaml", dump(recipe))
         return cls(path, lock)
@@ -120,6 +125,10 @@ class RunFolder:
                     f.close()
 
     # --- records ---
+
+    def forget_failure(self) -> None:
+        """The run goes on: an earlier end is no longer how it ended."""
+        (self.path / FAILURE).unlink(missing_ok=True)
 
     def record(self, event: Event) -> None:
         """Append to events.jsonl, and a step or a validation also to metrics.jsonl."""
@@ -153,8 +162,8 @@ class RunFolder:
         assert self._events is not None and self._metrics is not None
         self._events.close()
         self._metrics.close()
-        self._events = (self.path / "events.jsonl").open("a", encoding="utf-8")
-        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._events = _appended(self.path / "events.jsonl")
+        self._metrics = _appended(self.path / "metrics.jsonl")
 
     def write_json(self, name: str, value: Any) -> None:
         write_text(self.path / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
@@ -211,6 +220,11 @@ class RunFolder:
         """Write `best/` or `adapter/`, replacing an older one whole."""
         write_folder(self.path / name, write)
         return self.path / name
+
+
+def _appended(path: Path) -> IO[str]:
+    # A path of bytes that are no UTF-8 comes with lone surrogates, which JSON can spell and UTF-8 cannot.
+    return path.open("a", encoding="utf-8", errors="backslashreplace")
 
 
 def _read_state(folder: Path) -> State:

@@ -56,6 +56,18 @@ def locked(path: Path) -> IO[str]:
     return lock
 
 
+def free(path: Path) -> bool:
+    """Whether nobody owns the folder now. Takes the lock for a moment: for whoever has just let go of it."""
+    try:
+        with (path / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def in_use(lock: Path) -> bool:
     """Whether a process holds the lock, which is only looked at: to try it would be to take it for a moment.
 

@@ -39,7 +39,10 @@ _GIVES_BACK = 0.9
 def prepare_environment(care: Care | None = None) -> None:
     """Set what is not set already; a person's own setting is never overruled. care: of the recipe."""
     wanted = _WANTED | (_WANTED_ON_MACS if sys.platform == "darwin" else _WANTED_ELSEWHERE)
-    for name, value in (wanted | mps_limits(care or Care())).items():
+    limits = mps_limits(care or Care())
+    if not any(name in os.environ for name in limits):  # one beside a person's own may be refused
+        wanted = wanted | limits
+    for name, value in wanted.items():
         os.environ.setdefault(name, value)
 
 

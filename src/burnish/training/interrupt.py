@@ -5,29 +5,40 @@ run ends.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Gives `stop()`, true once a signal came. A second signal ends the process at once. What is ignored
-    already stays so: `nohup` runs on when its terminal closes.
-    """
-    wished = False
+class Wish:
+    """`stop()` is true once a signal came, `stop.insisted()` once a second one did."""
 
-    def hear(number: int, _frame: object) -> None:
-        nonlocal wished
-        if wished:
+    def __init__(self) -> None:
+        self._times = 0
+
+    def __call__(self) -> bool:
+        return self._times > 0
+
+    def insisted(self) -> bool:
+        return self._times > 1
+
+    def hear(self, number: int, _frame: object) -> None:
+        self._times += 1
+        if self._times > 1:
             raise KeyboardInterrupt
-        wished = True
 
+
+@contextmanager
+def interruptible() -> Iterator[Wish]:
+    """A second signal ends the process at once. What is ignored already stays so: `nohup` runs on when its
+    terminal closes.
+    """
+    stop = Wish()
     heard = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, hear) for number in heard}
+    before = {number: signal.signal(number, stop.hear) for number in heard}
     try:
-        yield lambda: wished
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

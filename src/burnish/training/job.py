@@ -75,8 +75,10 @@ def run_job(
     stop: Callable[[], bool],
     aftermath: Aftermath | None = None,
     pulse: Callable[[], None] = lambda: None,
+    renewable: bool = False,
 ) -> Iterator[Event]:
-    """`pulse` is called after each thing that was done: a step, a score, a token of an answer.
+    """`pulse` is called after each thing that was done: a step, a score, a token of an answer. renewable: a
+    new process may take this one's place, with an `aftermath` of why.
 
     Raises UserError (bad input; exit 3 where it will not fit), OutOfMemory, NonFinite, Unsupported.
     """
@@ -84,23 +86,30 @@ def run_job(
     material = gather(recipe, out)
     check_trackers(recipe)
     backends.check(material.plan)
-    if not material.plan.fits:
+    if not resume and not material.plan.fits:
         raise too_large(material.plan)
     with (
-        (RunFolder.resume if resume else RunFolder.begin)(out, recipe) as run,
+        _folder(recipe, out, resume, aftermath) as run,
         open_trackers(recipe, out) as trackers,
-        Keeper(run.path, recipe.care, stop) as keeper,
+        Keeper(run.path, recipe.care, stop, pulse=pulse) as keeper,
         keep_awake(os.getpid()) if recipe.care.keep_awake else nullcontext("") as awake,
     ):
         plan, did = _going_on(material.plan, run, aftermath) if resume else (material.plan, "")
         known = run.read_json("plan.json") if resume else None
         run.write_json("plan.json", plan.summary() | _measured(known or {}))
         run.write_json("environment.json", _environment(plan.machine))
-        session = _Session(material, plan, run, keeper, resume, skip_before, began, pulse)
+        run.forget_failure()
+        session = _Session(material, plan, run, keeper, resume, skip_before, began, pulse, renewable)
         for event in _events(session, [awake, did], aftermath):
             run.record(event)
             trackers.hear(event)
             yield event
+
+
+def _folder(recipe: Recipe, out: Path, resume: bool, aftermath: Aftermath | None) -> RunFolder:
+    if resume:
+        return RunFolder.resume(out, recipe, by_itself=aftermath is not None)
+    return RunFolder.begin(out, recipe)
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ class _Session:
     skip_before: bool
     began: float
     pulse: Callable[[], None]
+    renewable: bool
 
 
 def _going_on(plan: Plan, run: RunFolder, aftermath: Aftermath | None) -> tuple[Plan, str]:
@@ -169,7 +179,7 @@ def _recovered(aftermath: Aftermath, step: int, did: str) -> Recovered:
 def _trained(s: _Session, learner: Learner, state: State) -> Iterator[Event]:
     """The steps, the adapter, the answers after."""
     step, best_step = state.step, state.best_step
-    for event in train(learner.plan, learner, s.material.prepared, s.run, state, s.keeper):
+    for event in train(learner, s.material.prepared, s.run, state, s.keeper, s.renewable):
         yield event
         if isinstance(event, Stepped):
             step = event.step
@@ -191,7 +201,7 @@ def _trained(s: _Session, learner: Learner, state: State) -> Iterator[Event]:
 def _begin(s: _Session, learner: Learner) -> Iterator[Event]:
     """What comes before the first step of all: memory first, for it may end the run."""
     if not s.keeper.stop():
-        rehearsed = yield from _rehearsed(learner, s.material.prepared, s.run)
+        rehearsed = yield from _rehearsed(learner, s.material.prepared, s.run, s.renewable)
         s.run.write_json("plan.json", measured_summary(learner.plan, rehearsed))
         yield rehearsed
     if not s.skip_before:
@@ -199,7 +209,7 @@ def _begin(s: _Session, learner: Learner) -> Iterator[Event]:
 
 
 def _rehearsed(
-    learner: Learner, prepared: Prepared, run: RunFolder | None
+    learner: Learner, prepared: Prepared, run: RunFolder | None, renewable: bool = False
 ) -> Generator[Event, None, Rehearsed]:
     """Run the longest step; where memory runs out, rung by rung in a smaller cut, if there is a `run` to go
     on with it.
@@ -211,7 +221,9 @@ def _rehearsed(
             return rehearse(plan, learner, prepared)
         except OutOfMemory as e:
             failed, peak = e, learner.memory().peak_bytes
-        way = after_out_of_memory(plan, tries) if run is not None else None
+        way = after_out_of_memory(plan, tries, renewable) if run is not None else None
+        if way is None and renewable and lighter(plan) is not None:
+            raise failed  # a new process tries that
         if way is None or run is None:
             raise ran_out(plan, peak, predicted_bytes(plan), failed) from failed
         take(way, plan, learner, run, failed)

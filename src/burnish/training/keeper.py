@@ -29,12 +29,20 @@ def _read() -> Health:
 
 
 class Keeper:
-    """Owns the thread. stop: the wish of this process's own terminal. read: for tests."""
+    """Owns the thread. stop: the wish of this process's own terminal. pulse: called while it waits. read,
+    look_s: for tests.
+    """
 
     def __init__(
-        self, folder: Path, care: Care, stop: Callable[[], bool], read: Read = _read, look_s: float = LOOK_S
+        self,
+        folder: Path,
+        care: Care,
+        stop: Callable[[], bool],
+        read: Read = _read,
+        look_s: float = LOOK_S,
+        pulse: Callable[[], None] = lambda: None,
     ) -> None:
-        self._folder, self._care, self._stop = folder, care, stop
+        self._folder, self._care, self._stop, self._pulse = folder, care, stop, pulse
         self._read, self._look_s = read, look_s
         self._health, self._over = Health(), threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True, name="keeper")
@@ -66,6 +74,7 @@ class Keeper:
         left = seconds
         while left > 0 and not self.stop():
             self._over.wait(min(left, 0.2))
+            self._pulse()
             left -= 0.2
 
     def _heeds_anything(self) -> bool:
@@ -74,5 +83,10 @@ class Keeper:
         return not quiet or care.min_battery > 0
 
     def _look(self) -> None:
-        while not self._over.wait(self._look_s):
-            self._health = self._read()
+        while True:
+            try:
+                self._health = self._read()
+            except Exception:  # whatever breaks, it ends neither the looking nor a pause for ever
+                self._health = Health()
+            if self._over.wait(self._look_s):
+                return

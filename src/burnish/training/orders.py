@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from burnish.recipe import Recipe, dump, parse
+from burnish.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,13 @@ class Orders:
     resume: bool
     skip_before: bool
     aftermath: Aftermath | None = None
+    renewable: bool = True  # another process may follow this one
 
     def line(self) -> str:
         aftermath = None if self.aftermath is None else asdict(self.aftermath)
         told = {
-            "recipe": dump(self.recipe), "out": str(self.out), "resume": self.resume,
-            "skip_before": self.skip_before, "aftermath": aftermath,
+            "recipe": self.recipe.model_dump(mode="json"), "out": str(self.out), "resume": self.resume,
+            "skip_before": self.skip_before, "aftermath": aftermath, "renewable": self.renewable,
         }  # fmt: skip
         return json.dumps(told) + "\n"
 
@@ -46,7 +47,9 @@ class Orders:
     def of(cls, line: str) -> Orders:
         told = json.loads(line)
         aftermath = None if told["aftermath"] is None else Aftermath(**told["aftermath"])
-        return cls(parse(told["recipe"]), Path(told["out"]), told["resume"], told["skip_before"], aftermath)
+        recipe = Recipe.model_validate(told["recipe"])
+        flags = told["resume"], told["skip_before"]
+        return cls(recipe, Path(told["out"]), *flags, aftermath, told["renewable"])
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from burnish.errors import EXIT_FAILED, UserError, in_words
 from burnish.runs.events import Event, Planned, Stepped
 from burnish.runs.failure import failure_of, record_failure
+from burnish.runs.lock import free
 
 
 def with_post_mortem(events: Iterator[Event], out: Path) -> Iterator[Event]:
@@ -24,7 +25,7 @@ def with_post_mortem(events: Iterator[Event], out: Path) -> Iterator[Event]:
                 step = event.step
             yield event
     except Exception as e:
-        if begun:
+        if begun and free(out):  # else it is another process's run by now
             said = in_words(e) or UserError("".join(traceback.format_exception(e)), "", EXIT_FAILED)
             record_failure(out, failure_of(said, step, said.log), said.log)
         raise

@@ -24,6 +24,7 @@ from burnish.training.orders import Orders, Told
 
 LOOK_S = 0.25
 TAIL_LINES = 200
+HELD_S = 5.0  # a reader gets its turn in that, however busy the machine
 # No line at all, not even a beat: the process is stopped, or nothing of it gets a turn.
 DEAD_S = 180.0
 # Without an event or a pulse: at first, while weights are read and kernels compiled; and later at the least,
@@ -57,12 +58,13 @@ class Silence:
         self._line = 0.0
         if "beat" in told:
             return
-        if self._begun and not self._paused:
-            self._longest = max(self._longest, self._event)
-        self._event = 0.0
         kind = told.get("event")
         self._begun = self._begun or kind in ("rehearsed", "stepped")
-        self._paused = kind == "paused"
+        if not self._paused:
+            self._longest = max(self._longest, self._event)
+        self._event = 0.0
+        if kind is not None:
+            self._paused = kind == "paused"
 
     def too_long(self) -> float:
         """Seconds of silence where they are too many; else 0."""
@@ -82,7 +84,10 @@ class Silence:
 class Process:
     """Owns the process and the threads that read what it says."""
 
-    def __init__(self, orders: Orders, command: Sequence[str]) -> None:
+    def __init__(
+        self, orders: Orders, command: Sequence[str], insisted: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._insisted = insisted  # a second Ctrl-C
         asked = orders.recipe.care.silence_s
         self._silence = Silence(None if asked == "auto" else float(asked))
         pipe = subprocess.PIPE
@@ -90,10 +95,10 @@ class Process:
             list(command), stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace",
             env=environment(),
         )  # fmt: skip
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._log: deque[str] = deque(maxlen=TAIL_LINES)
         self._told: Told | None = None
-        self._hung_s, self._asked_to_stop = 0.0, False
+        self._hung_s, self._asked_to_stop, self._ended = 0.0, False, 0.0
         self._readers = [
             threading.Thread(target=read, daemon=True, name="reader")
             for read in (self._read_lines, self._read_log)
@@ -105,37 +110,61 @@ class Process:
     def __enter__(self) -> Process:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Whoever leaves early, by a second Ctrl-C or an error, leaves no process behind."""
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            with suppress(OSError):
-                assert pipe is not None
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leaves no process behind. Whoever leaves early, because the terminal is gone, lets it save first;
+        whoever insists does not.
+        """
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()  # which asks it to stop
+        try:
+            while self._process.poll() is None and not self._silence.too_long():
+                if kind is KeyboardInterrupt or self._insisted():
+                    break
+                time.sleep(LOOK_S)
+        finally:
+            if self._process.poll() is None:
+                self._process.kill()
+            self._process.wait()
+            self._close()
+
+    def _close(self) -> None:
+        """A pipe that is still read is held open by a process of the child's; to close it would be to wait
+        for that.
+        """
+        for reader, pipe in zip(self._readers, (self._process.stdout, self._process.stderr)):
+            reader.join(timeout=1)
+            if not reader.is_alive() and pipe is not None:
                 pipe.close()
 
     def lines(self, stop: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-        """What it says but for beats, pulses and its error, until it has ended. `stop()` is handed on."""
+        """Its events, until it has ended. `stop()` is handed on."""
         while True:
             if stop() and not self._asked_to_stop:
                 self._asked_to_stop = True
                 self._say("stop\n")
+            ended = self._process.poll() is not None
             try:
                 line = self._lines.get(timeout=LOOK_S)
             except queue.Empty:
-                line = ""
-            if line is None:
+                line = None
+            if line is not None:
+                if told := self._heard(line):
+                    yield told
+            elif ended and not (self._readers[0].is_alive() and time.monotonic() < self._wait_until()):
                 break
-            if line and (told := self._heard(line)):
-                yield told
             self._hung_s = self._silence.too_long()
             if self._hung_s:
                 self._process.kill()
+                self._process.wait()
                 break
-        self._process.wait()
         for reader in self._readers:
-            reader.join(timeout=5)  # a grandchild that lives on holds the pipe open
+            reader.join(timeout=1)  # a grandchild that lives on holds the pipe open
+
+    def _wait_until(self) -> float:
+        """Where a process that lives on holds the pipe, its end never comes; what is in it comes at once."""
+        self._ended = self._ended or time.monotonic()
+        return self._ended + HELD_S
 
     def end(self) -> End:
         code = self._process.returncode
@@ -145,7 +174,6 @@ class Process:
     def _read_lines(self) -> None:
         assert self._process.stdout is not None
         _read(self._process.stdout, self._lines.put)
-        self._lines.put(None)  # the end
 
     def _read_log(self) -> None:
         assert self._process.stderr is not None
@@ -155,6 +183,8 @@ class Process:
         try:
             told = json.loads(line)
         except ValueError:  # half a line of a process that was killed
+            return None
+        if not isinstance(told, dict):
             return None
         self._silence.heard(told)
         if "failed" in told:

@@ -33,10 +33,16 @@ class Way:
     did: str  # in words
 
 
-def after_out_of_memory(plan: Plan, tries: int) -> Way | None:
-    """tries: how often memory ran out at this very place before."""
+def after_out_of_memory(plan: Plan, tries: int, renewable: bool) -> Way | None:
+    """None where nothing is left, or where a new process is to try. tries: how often memory ran out at this
+    very place before. renewable: a new process may take this one's place.
+    """
     if tries == 0:
         return Way(plan, AGAIN)
+    # What a C library has freed is not always there for others: under RLIMIT_DATA a process that ran out once
+    # ran out on every rung, where a new one went on with half the rows. A GPU's cache does go back.
+    if renewable and plan.device.value == "cpu":
+        return None
     return lighter(plan)
 
 
@@ -73,7 +79,10 @@ def difference(a: Plan, b: Plan) -> str:
         ("layers ahead of the device", a.ahead, b.ahead),
         ("loss slice", a.loss_slice, b.loss_slice),
     )
-    return ", ".join(f"{name} {x.value} → {y.value}" for name, x, y in named if x.value != y.value)
+    said = [f"{name} {x.value} → {y.value}" for name, x, y in named if x.value != y.value]
+    if a.recipe.lora.dropout and a.micro_batch.value != b.micro_batch.value:
+        said.append("so dropout draws other masks")
+    return ", ".join(said)
 
 
 def named_rows(error: NonFinite, step: int, rows: Sequence[str]) -> NonFinite:

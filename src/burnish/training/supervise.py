@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from burnish.errors import EXIT_FAILED, EXIT_OUT_OF_MEMORY, EXIT_WILL_NOT_FIT, UserError
@@ -30,6 +31,8 @@ from burnish.runs.events import (
     Stepped,
     from_json,
 )
+from burnish.runs.lock import locked
+from burnish.runs.wish import wished
 from burnish.training.orders import Aftermath, Orders
 from burnish.training.process import End, Process
 
@@ -62,6 +65,7 @@ class _Heard:
     step: int = 0
     saved: int = 0
     deaths: int = 0  # in a row, without a new checkpoint
+    over: bool = False  # finished or interrupted
     backend: str = ""
     at: float = 0.0  # time.monotonic() of the last event
 
@@ -75,6 +79,8 @@ class _Heard:
             self.step = event.step
         elif isinstance(event, Saved) and event.step > self.saved:
             self.saved, self.deaths = event.step, 0
+        elif isinstance(event, Finished | Interrupted):
+            self.over = True
 
 
 def supervise(
@@ -82,36 +88,36 @@ def supervise(
     stop: Callable[[], bool],
     command: Sequence[str] = (),
     back_off: Sequence[float] = BACK_OFF_S,
+    insisted: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """The events of the run, whatever process they come from. Raises UserError where it ends badly: its log
     is what the process said last.
 
-    command: what to start instead of the worker, for tests.
+    command: what to start instead of the worker, for tests. insisted: by a second Ctrl-C; then nothing is
+    waited for.
     """
     heard = _Heard(at=time.monotonic())
     while True:
-        with Process(orders, command or command_of(WORKER)) as child:
+        orders = replace(orders, renewable=heard.deaths < orders.recipe.care.restarts)
+        with Process(orders, command or command_of(WORKER), insisted) as child:
             for told in child.lines(stop):
-                event = from_json(told)
+                try:
+                    event = from_json(told)
+                except (KeyError, TypeError):  # not of our making
+                    continue
                 heard.hear(event)
                 yield event
-                ended = isinstance(event, Finished | Interrupted)
-                if ended:
-                    heard.deaths = 0
             end = child.end()
-        if end.code == 0 and end.told is None:
+        if heard.over:  # how the process ended after that is of no consequence
             return
-        death = _death(end, heard)
+        death = _death(end, heard, orders)
         if death is None:
             raise _as_error(end)
-        if stop():
-            yield Interrupted(heard.saved, str(orders.out))
-            return
         if heard.deaths >= orders.recipe.care.restarts:
-            raise _given_up(death, heard, end)
-        wait_s = back_off[min(heard.deaths, len(back_off) - 1)]
-        yield Noted(f"after step {heard.step} the training process {death.words}; {_next(heard)}")
-        if _stopped_while(wait_s, stop):
+            raise _as_error(end) if end.told and end.told.meant else _given_up(death, heard, end)
+        if not stop():
+            yield Noted(f"after step {heard.step} the training process {death.words}; {_next(heard)}")
+        if _stopped_while(back_off[min(heard.deaths, len(back_off) - 1)], stop, orders, heard):
             yield Interrupted(heard.saved, str(orders.out))
             return
         lighter = death.memory and heard.deaths > 0
@@ -120,7 +126,7 @@ def supervise(
         orders = replace(orders, resume=orders.resume or heard.begun, aftermath=aftermath)
 
 
-def _death(end: End, heard: _Heard) -> Death | None:
+def _death(end: End, heard: _Heard, orders: Orders) -> Death | None:
     """None where the process ended with an error that a new one would only meet again."""
     told, last = end.told, _last_words(end)
     if end.hung_s:
@@ -130,8 +136,9 @@ def _death(end: End, heard: _Heard) -> Death | None:
     if told is not None:
         if told.exit_code == EXIT_OUT_OF_MEMORY:
             return Death("out of memory", "ran out of memory", last, True)
-        if told.exit_code == EXIT_WILL_NOT_FIT and heard.deaths:  # the one before may still hold its memory
-            return Death("no room", "found too little memory free", last, True)
+        cut = orders.aftermath is not None and orders.aftermath.lighter
+        if told.exit_code == EXIT_WILL_NOT_FIT and heard.deaths and not cut:
+            return Death("no room", "found too little memory free", last, True)  # it may be free in a moment
         if told.meant or known not in SHORT_OF_MEMORY | TOO_LONG_FOR_A_GPU:
             return None
         return Death(known, f"ended: {last}", last, True)
@@ -143,6 +150,8 @@ def _death(end: End, heard: _Heard) -> Death | None:
         # MLX's allocator on a CPU crashes where it gets nothing.
         crash = heard.backend == "mlx" and end.signal in ("SIGSEGV", "SIGBUS", "SIGABRT")
         return Death(end.signal, f"was ended by {end.signal}", last, memory or crash)
+    if end.code == EXIT_OUT_OF_MEMORY:
+        return Death("out of memory", "ran out of memory", last, True)
     return Death(f"exit code {end.code}", f"ended with code {end.code} and no word", last, memory)
 
 
@@ -158,13 +167,18 @@ def _next(heard: _Heard) -> str:
     return f"a new one goes on {from_}"
 
 
-def _stopped_while(seconds: float, stop: Callable[[], bool]) -> bool:
+def _stopped_while(seconds: float, stop: Callable[[], bool], orders: Orders, heard: _Heard) -> bool:
+    """Was it asked to stop, here or from another terminal? The run stays ours meanwhile, so that nobody else
+    begins it.
+    """
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if stop():
-            return True
-        time.sleep(0.1)
-    return stop()
+    with locked(orders.out) if heard.begun else nullcontext():
+        while True:
+            if stop() or wished(orders.out) == "stop":
+                return True
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.1)
 
 
 def _as_error(end: End) -> UserError:

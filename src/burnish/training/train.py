@@ -1,6 +1,6 @@
 """The one loop: a generator of events. It prints nothing, and everything it needs to go on is in `State`.
 
-    for event in train(plan, learner, prepared, run, state, keeper):
+    for event in train(learner, prepared, run, state, keeper):
         ...
 
 Saving, validating, keeping the best and stopping early happen here, in an order that a resumed run repeats
@@ -49,12 +49,12 @@ class Course:
     """Where a run is: what the loop changes as it goes. The plan changes only in how a step is cut."""
 
     def __init__(
-        self, plan: Plan, learner: Learner, prepared: Prepared, run: RunFolder, state: State
+        self, learner: Learner, prepared: Prepared, run: RunFolder, state: State, renewable: bool
     ) -> None:
         self.learner, self.prepared, self.run, self.state = learner, prepared, run, state
+        self.renewable = renewable
         self.saved = state.step
-        self.skipped = False  # the step before was left out
-        self.cut(plan)
+        self.cut(learner.plan)
 
     def cut(self, plan: Plan) -> None:
         """Lay out what is to come as `plan` cuts it."""
@@ -74,16 +74,23 @@ class Course:
 
 
 def train(
-    plan: Plan, learner: Learner, prepared: Prepared, run: RunFolder, state: State, keeper: Keeper
+    learner: Learner,
+    prepared: Prepared,
+    run: RunFolder,
+    state: State,
+    keeper: Keeper,
+    renewable: bool = False,
 ) -> Iterator[Event]:
     """Steps from `state` to the end, to an early stop, or until `keeper.stop()`; then Interrupted comes last.
 
-    Raises OutOfMemory where no rung is left, NonFinite where a step cannot be taken.
+    renewable: where memory runs out, a new process may take this one's place. Raises OutOfMemory where no
+    rung is left, NonFinite where a step cannot be taken.
     """
+    plan = learner.plan
     recipe = plan.recipe.train
     assert plan.steps is not None, "a plan tightened with the data knows its steps"
     total, per_epoch = plan.steps.value, steps_per_epoch(len(prepared.train.examples), recipe.batch_size)
-    course, trend = Course(plan, learner, prepared, run, state), Trend(total)
+    course, trend = Course(learner, prepared, run, state, renewable), Trend(total)
     slow = ""
     while course.state.step < total and not course.stale:
         if keeper.verdict().action == "pause" and not keeper.stop():
@@ -133,8 +140,7 @@ def _stepped(course: Course, lr: float) -> Generator[Event, None, tuple[StepStat
         except NonFinite as e:
             failed = e
         else:
-            _advance(course, cursor)
-            course.skipped = False
+            _advance(course, cursor, skipped=False)
             return stats, time.perf_counter() - began
         del micros
         if isinstance(failed, OutOfMemory):
@@ -147,21 +153,20 @@ def _stepped(course: Course, lr: float) -> Generator[Event, None, tuple[StepStat
             course.cut(course.plan)
             continue
         rows = _rows_of_next(course)
-        if course.plan.recipe.care.non_finite != "skip" or course.skipped:
+        if course.plan.recipe.care.non_finite != "skip" or course.state.skipped:
             raise named_rows(failed, course.state.step + 1, rows)
-        _advance(course, cursor)
-        course.skipped = True
+        _advance(course, cursor, skipped=True)
         yield Skipped(course.state.step, str(failed), rows)
         return None
 
 
-def _advance(course: Course, cursor: Cursor) -> None:
-    course.state = replace(course.state, step=course.state.step + 1, cursor=cursor)
+def _advance(course: Course, cursor: Cursor, skipped: bool) -> None:
+    course.state = replace(course.state, step=course.state.step + 1, cursor=cursor, skipped=skipped)
 
 
 def _relieved(course: Course, error: OutOfMemory, tries: int, began: float) -> Recovered:
     """Cut what is to come so that it takes less; the plan that does is kept with the run."""
-    way = after_out_of_memory(course.plan, tries)
+    way = after_out_of_memory(course.plan, tries, course.renewable)
     if way is None:
         raise error
     take(way, course.plan, course.learner, course.run, error)
@@ -210,14 +215,15 @@ def _paused(course: Course, keeper: Keeper) -> Iterator[Event]:
     """A checkpoint first: a pause may end with the battery."""
     if course.saved != course.state.step:
         yield course.save()
-    asked, began = keeper.verdict(), time.monotonic()
+    asked, began, why = keeper.verdict(), time.monotonic(), ""
     while asked.action == "pause" and not keeper.stop():
         why = asked.why
         yield Paused(course.state.step, asked.why, asked.words)
         while asked.action == "pause" and asked.why == why and not keeper.stop():
             keeper.wait(PAUSE_LOOK_S)
             asked = keeper.verdict(why)
-    yield Continued(course.state.step, time.monotonic() - began)
+    if why and not keeper.stop():
+        yield Continued(course.state.step, time.monotonic() - began)
 
 
 def _slowed(keeper: Keeper, slow: str, seconds: float) -> Generator[Event, None, str]:

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import IO, Any
 
 from burnish.errors import EXIT_FAILED, EXIT_OUT_OF_MEMORY, in_words
 from burnish.runs.events import as_json
@@ -36,15 +36,16 @@ def main() -> int:
     faulthandler.enable()  # a crash in a library leaves its stack in stderr
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal's are the parent's to hear
         signal.signal(number, signal.SIG_IGN)
-    orders = Orders.of(sys.stdin.readline())
+    parent = _lines_of_parent()
+    orders = Orders.of(parent.readline())
     prepare_environment(orders.recipe.care)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    threading.Thread(target=_listen, args=(stop,), daemon=True, name="parent").start()
+    threading.Thread(target=_listen, args=(parent, stop), daemon=True, name="parent").start()
     try:
         with _beating(say):
             _train(orders, say, stop.is_set)
-    except (Exception, KeyboardInterrupt) as e:
+    except BaseException as e:  # a library may call sys.exit
         told = told_of(e)
         say({"failed": asdict(told)})
         return told.exit_code
@@ -64,7 +65,7 @@ def _train(orders: Orders, say: Callable[[Any], None], stop: Callable[[], bool])
 
     events = run_job(
         orders.recipe, orders.out, resume=orders.resume, skip_before=orders.skip_before, stop=stop,
-        aftermath=orders.aftermath, pulse=pulse,
+        aftermath=orders.aftermath, pulse=pulse, renewable=orders.renewable,
     )  # fmt: skip
     for event in events:
         say(as_json(event))
@@ -99,8 +100,17 @@ def _line_to_parent() -> Callable[[Any], None]:
     return say
 
 
-def _listen(stop: threading.Event) -> None:
-    for line in sys.stdin:
+def _lines_of_parent() -> IO[str]:
+    """What was our stdin. A library that reads its own gets the end of a file, not our parent's words."""
+    ours = os.fdopen(os.dup(0), encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return ours
+
+
+def _listen(parent: IO[str], stop: threading.Event) -> None:
+    for line in parent:
         if line.strip() == "stop":
             stop.set()
     stop.set()  # the parent is gone

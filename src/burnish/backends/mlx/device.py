@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from burnish.backends.base import Memory, translating
 from burnish.errors import NonFinite, OutOfMemory, Unsupported
-from burnish.machine.usage import available_bytes, peak_resident_bytes, resident_bytes
+from burnish.machine.usage import available_bytes, give_back, peak_resident_bytes, resident_bytes
 
 # Texts as MLX writes them (0.32); tests hold whole recorded messages.
 _OUT_OF_MEMORY = (
@@ -115,6 +115,7 @@ def wire(device: mx.Device, budget_bytes: int) -> None:
 def free_cache() -> None:
     gc.collect()
     mx.clear_cache()
+    give_back()
 
 
 class MemoryMeter:

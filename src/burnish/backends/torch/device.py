@@ -9,7 +9,7 @@ import torch
 
 from burnish.backends.base import Memory, translating
 from burnish.errors import NonFinite, OutOfMemory, Unsupported
-from burnish.machine.usage import available_bytes, peak_resident_bytes, resident_bytes
+from burnish.machine.usage import available_bytes, give_back, peak_resident_bytes, resident_bytes
 
 # Texts as the frameworks write them (torch 2.6 to 2.15, bitsandbytes 0.50); tests hold whole recorded
 # messages.
@@ -66,6 +66,8 @@ def free_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+    else:
+        give_back()
 
 
 def keeps_padding(device: torch.device) -> bool:
