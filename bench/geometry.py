@@ -1,7 +1,13 @@
-"""Models of true shape with random weights, for measuring speed and memory where no weights can be had."""
+"""Models of true shape with random weights, for measuring speed and memory where no weights can be had.
+
+    python bench/geometry.py tiny-wide FOLDER
+
+writes one, for what reads a model from a disk.
+"""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +22,8 @@ from burnish.recipe import parse
 # Hidden size, layers, heads, key-value heads, intermediate size, vocabulary: the published Qwen2 configs.
 QWEN2 = {
     "tiny": (256, 4, 4, 2, 704, 4096),
+    "tiny-wide": (1024, 6, 16, 4, 2816, 8192),
+    "tiny-deep": (512, 24, 8, 8, 1408, 32000),
     "1.5b": (1536, 28, 12, 2, 8960, 151936),
     "7b": (3584, 28, 28, 4, 18944, 152064),
     "14b": (5120, 48, 40, 8, 13824, 152064),
@@ -54,6 +62,14 @@ def random_model(name: str, device: str, dtype: Any, attention: str) -> Any:
             return AutoModelForCausalLM.from_config(config(name), attn_implementation=attention)
     finally:
         torch.set_default_dtype(before)
+
+
+def random_folder(name: str, folder: Path) -> Path:
+    """The same in float32 as a model's folder (without a tokenizer), for what reads weights from a disk."""
+    import torch
+
+    random_model(name, "cpu", torch.float32, "eager").save_pretrained(str(folder))
+    return folder
 
 
 def random_nf4(name: str, device: str, dtype: Any, attention: str) -> Any:
@@ -107,4 +123,7 @@ def spec(name: str) -> ModelSpec:
     )  # fmt: skip
 
 
-__all__ = ["QWEN2", "plan_for", "random_model", "random_nf4", "spec"]
+__all__ = ["QWEN2", "plan_for", "random_folder", "random_model", "random_nf4", "spec"]
+
+if __name__ == "__main__":
+    random_folder(sys.argv[1], Path(sys.argv[2]))

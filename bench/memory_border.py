@@ -1,12 +1,18 @@
-"""Does what the plan calls fitting run, and does what it refuses run out? On a GPU made small on purpose.
+"""Does what the plan calls fitting run, and does what it refuses run out? On memory made small on purpose.
 
     python bench/memory_border.py torch 1.5b:none:1x2048:k0:r16 7b:none:1x1024:kall:r8 …
     python bench/memory_border.py mlx   …
+    python bench/memory_border.py mlx --model FOLDER smol:none:1x128:k0:r8:f32 …      # on the CPU
 
 Every case (as in memory_grid.py) runs on GPUs of several sizes: the plan is made for the size, and training
 is tried whatever it says. torch is held to it by its memory fraction; for MLX, whose own limit is a soft one,
 the rest of the card is taken away by another allocation. The sizes are where the plan's total is 90, 95 (it
 fits), 105 and 110 % (it does not) of the memory. The plan keeps 4 % of it free, so 96 is its border.
+
+On a CPU it keeps 10 % free, so the sizes are those of 85, 90, 105 and 110 %, and three steps run in a
+process that is killed as soon as it has been larger than that (VmHWM, looked at every few milliseconds). A
+cgroup would not do: of what is resident, it takes back the pages of files (torch's weights are such) before
+it kills.
 """
 
 from __future__ import annotations
@@ -14,8 +20,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import time
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 from alone import alone, say
@@ -26,7 +35,7 @@ from memory_grid import GIB, Case, in_use, plan_of, runtime
 from memory_grid import _mlx_steps as mlx_steps
 from memory_grid import _torch_steps as torch_steps
 
-SHARES = (0.90, 0.95, 1.05, 1.10)
+SHARES = {"cuda": (0.90, 0.95, 1.05, 1.10), "cpu": (0.85, 0.90, 1.05, 1.10)}
 
 
 @dataclass
@@ -59,6 +68,46 @@ def tried(backend: str, text: str, share: float) -> dict[str, Any]:
         free_all()
     del held
     return vars(Tried(text, share, round(size / GIB, 3), plan.fits, ran))
+
+
+def tried_on_cpu(backend: str, folder: Path, text: str, share: float) -> dict[str, Any]:
+    from burnish.training.environment import prepare_environment
+
+    prepare_environment()
+    case = replace(Case.of(text), tight=True)
+    total = plan_of(backend, "cpu", case, folder).total_bytes
+    size = -(-total // round(share * 100)) * 100  # so that 90 % of it is never less than the total
+    fits = total <= size * (1 - MARGIN["cpu"])
+    child = get_context("spawn").Process(target=steps_on_cpu, args=(backend, folder, case, size))
+    child.start()
+    status = Path(f"/proc/{child.pid}/status")
+    while child.is_alive():
+        if _peak(status) > size:
+            child.kill()
+            child.join()
+            return vars(Tried(text, share, round(size / GIB, 3), fits, False))
+        time.sleep(0.003)
+    assert child.exitcode == 0, f"the process ended by itself with {child.exitcode}"
+    return vars(Tried(text, share, round(size / GIB, 3), fits, True))
+
+
+def steps_on_cpu(backend: str, folder: Path, case: Case, size: int) -> None:
+    from burnish import backends
+
+    plan = plan_of(backend, "cpu", case, folder)
+    plan = replace(plan, budget=Choice(round(size * (1 - MARGIN["cpu"])), "a machine made small"))
+    learner = backends.open(plan)
+    for n in range(3):
+        learner.step(case.batches(plan.spec.vocab_size, n), 1e-4)
+
+
+def _peak(status: Path) -> int:
+    """0 where the process has just ended."""
+    try:
+        lines = status.read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def small_torch(size: int) -> None:
@@ -97,17 +146,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("backend", choices=["torch", "mlx"])
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--model", type=Path, help="a model folder: on the CPU")
+    parser.add_argument("--shares", type=float, nargs="+")
     parser.add_argument("cases", nargs="+")
     a = parser.parse_args()
     # torch is as good as new after it has run out; MLX is not.
-    run = tried if a.backend == "torch" else partial(alone, tried)
+    run = partial(tried if a.backend == "torch" else partial(alone, tried), a.backend)
+    if a.model:
+        run = partial(tried_on_cpu, a.backend, a.model)
     right = {True: 0, False: 0}
     count = {True: 0, False: 0}
     for text in a.cases:
-        for share in a.shares:
+        for share in a.shares or SHARES["cpu" if a.model else "cuda"]:
             try:
-                row = run(a.backend, text, share)
+                row = run(text, share)
             except Exception as e:  # the other cases are still wanted
                 print(f"{text} {share}: {type(e).__name__}: {str(e)[:300]}", flush=True)
                 continue

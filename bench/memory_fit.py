@@ -2,12 +2,14 @@
 
     python bench/memory_fit.py            # how well src/burnish/planning/fitted.py does
     python bench/memory_fit.py --fit      # what would do best on the rows marked for fitting
+    python bench/memory_fit.py --folders .cache PLACE   # the CPU's models; geometry.py makes tiny ones
 
-`--fit` uses every second configuration of a file, and the others only judge: both halves are reported. The
-constants that stand were set by hand, those of a GPU on an earlier call's rows, those of a CPU on these; rows
-marked `new` are of configurations that had not been measured by then, and the only ones never seen. A
-prediction is made from what is known before a run: the case's own text, the spec, the plan's choices. On a
-GPU the framework's part is left out on both sides, since its counter does not see it.
+On a GPU `--fit` uses every second configuration of a file, and the others only judge: both halves are
+reported. The constants that stand were set by hand on an earlier call's rows; rows marked `new` are of
+configurations that had not been measured by then, and the only ones never seen. On a CPU the fit uses the
+rows that are not marked `new`, and the others, measured for judging alone, are the other half. A prediction
+is made from what is known before a run: the case's own text, the spec, the plan's choices. On a GPU the
+framework's part is left out on both sides, since its counter does not see it.
 """
 
 from __future__ import annotations
@@ -111,8 +113,12 @@ def main() -> None:
     halves: dict[str, list[float]] = {"fitting half": [], "other half": [], "never seen": []}
     for backend, device in (("torch", "cuda"), ("mlx", "cuda"), ("torch", "cpu"), ("mlx", "cpu")):
         rows = [(r, s) for r in rows_of(backend, device) if (s := spec_of(r, a.folders)) is not None]
-        parts = {"fitting half": rows[::2], "other half": rows[1::2]}
-        parts |= {"never seen": [pair for pair in rows if pair[0].get("new")]}
+        unseen = [pair for pair in rows if pair[0].get("new")]
+        halves_of = (rows[::2], rows[1::2])
+        if device == "cpu":
+            halves_of = ([pair for pair in rows if not pair[0].get("new")], unseen)
+        parts = dict(zip(("fitting half", "other half"), halves_of, strict=True))
+        parts |= {"never seen": unseen}
         if a.fit and rows:
             FITTED[backend, device] = fitted(backend, device, parts["fitting half"])
             print(FITTED[backend, device])

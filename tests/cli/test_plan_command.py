@@ -155,7 +155,9 @@ def test_a_plan_too_large_for_its_data_names_what_fits(world: World, monkeypatch
     assert any(lever["overrides"][0].startswith("train.max_length=") for lever in fitting)
     for lever in fitting[:LEVERS]:
         after = planned(world, *asked, *lever["overrides"])
-        assert after["fits"] and after["total_bytes"] == lever["total_bytes"], lever
+        # On a CPU the loss counts whatever moment is the largest, and which tokens a cut leaves to train is
+        # known exactly only once the data is read again.
+        assert after["fits"] and after["total_bytes"] == pytest.approx(lever["total_bytes"], rel=1e-4), lever
 
 
 def test_where_nothing_is_enough_the_text_does_not_promise_it(world: World):

@@ -11,6 +11,7 @@ from burnish.models.spec import ModelSpec, TensorInfo
 from burnish.planning.fitted import FITTED
 from burnish.planning.memory import Part, Shape, adapter_parameters, total
 from burnish.planning.memory_mlx import (
+    MOST_REUSED_BYTES,
     estimate_mlx,
     layer_activation_bytes,
     loss_bytes,
@@ -173,7 +174,7 @@ def test_the_slice_of_the_loss_is_80_mib_in_what_is_computed_in(words: int, comp
         (recorded.M4_MAX_128, ("quantize=4bit",), "metal", "bfloat16", 1, 48, True, 17.07),
         (recorded.H100, (), "cuda", "bfloat16", 5, 48, True, 62.79),
         (recorded.H100, ("quantize=4bit",), "cuda", "bfloat16", 5, 48, True, 44.04),
-        (recorded.CONTAINER, ("quantize=4bit",), "cpu", "float32", 1, 0, False, 16.48),
+        (recorded.CONTAINER, ("quantize=4bit",), "cpu", "float32", 1, 0, False, 18.57),
     ],
 )
 def test_the_guides_model_on_the_machines_people_have(
@@ -185,6 +186,22 @@ def test_the_guides_model_on_the_machines_people_have(
     assert (plan.device.value, plan.compute.value) == (device, compute)
     assert (plan.micro_batch.value, plan.keep_layers.value, plan.fits) == (micro, keep, fits)
     assert plan.total_bytes / GIB == pytest.approx(gib, abs=0.06)
+
+
+def test_on_a_cpu_what_was_freed_stays_so_that_moments_add_up() -> None:
+    """The loss is the largest moment here, and a longer row's layers are resident beside it all the same."""
+    on_cpu = replace(SHAPE, device="cpu", weights="float32", compute="float32", loss_slice=2048)
+    parts, longer = (parts_of(SPEC_14B, replace(on_cpu, length=n)) for n in (512, 1024))
+    assert "the loss slice" in parts["largest moment"].why
+    assert parts["allocator"].n_bytes > 12 * adapter_parameters(SPEC_14B, on_cpu)
+    assert longer["allocator"].n_bytes > parts["allocator"].n_bytes
+    assert "allocator" not in parts_of(SPEC_14B, replace(on_cpu, device="metal"))
+
+
+def test_on_a_cpu_mlx_keeps_no_more_than_its_limit_for_reuse() -> None:
+    long = replace(SHAPE, device="cpu", weights="float32", compute="float32", length=32768)
+    lingering = 12 * adapter_parameters(SPEC_14B, long) + SPEC_14B.weight_bytes // 4
+    assert parts_of(SPEC_14B, long)["allocator"].n_bytes == MOST_REUSED_BYTES + lingering
 
 
 def test_14b_in_four_bits_at_2048_tokens_fits_in_eleven_gib() -> None:

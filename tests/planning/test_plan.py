@@ -235,9 +235,19 @@ def test_on_a_cpu_a_file_of_another_dtype_lies_beside_the_weights() -> None:
     base = Shape("cpu", "float32", "float32", "none", 1, LINEARS, (3,), 1, 64, 0, 64, 1.0)
     large = qwen2(1024, 4, 8, 8, 2816, 32000)  # in bfloat16
     moment = next(p for p in estimate(large, base) if p.name == "largest moment")
-    assert moment.why.startswith("loading") and moment.n_bytes == large.weight_bytes
+    made_later = 12 * adapter_parameters(large, base)  # the adapter and its optimizer
+    assert moment.why.startswith("loading") and moment.n_bytes == large.weight_bytes - made_later
     same = next(p for p in estimate(large, replace(base, weights="bfloat16")) if p.name == "largest moment")
     assert not same.why.startswith("loading")
+
+
+def test_on_a_cpu_a_second_pass_takes_part_of_its_kept_activations_anew() -> None:
+    once = Shape("cpu", "float32", "float32", "none", 8, LINEARS, (0, 1, 2, 3), 1, 64, 4, 64, 1.0)
+    twice = replace(once, passes=2)
+    kept = next(p.n_bytes for p in estimate(SMALL, once) if p.name == "kept activations")
+    more = total(estimate(SMALL, twice)) - total(estimate(SMALL, once))
+    assert 0.5 * kept < more < kept
+    assert total(estimate(SMALL, replace(twice, passes=9))) == total(estimate(SMALL, twice))
 
 
 def test_answers_are_given_side_by_side_as_memory_allows() -> None:

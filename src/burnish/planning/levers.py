@@ -33,7 +33,7 @@ from burnish.planning.changes import (
 )
 from burnish.planning.choice import Choice
 from burnish.planning.engine import MLX_FAMILIES, MLX_PACKAGES
-from burnish.planning.layout import BUCKET, largest, up
+from burnish.planning.layout import BUCKET, largest
 from burnish.planning.memory import trained_layers
 from burnish.planning.memory_mlx import LEAST_SLICE
 from burnish.planning.plan import Plan, parts_of
@@ -341,8 +341,7 @@ def _fewer_kept(plan: Plan) -> Iterator[Plan]:
 
 
 def _smaller_slice(plan: Plan) -> Iterator[Plan]:
-    # A slice is never longer than what a pass holds: less than that is where halving begins to help.
-    now = min(plan.loss_slice.value, up(plan.micro_batch.value * plan.shape.length, LEAST_SLICE))
+    now = plan.loss_slice.value
     if now > LEAST_SLICE:
         half = max(LEAST_SLICE, now // 2 // LEAST_SLICE * LEAST_SLICE)
         smaller = Choice(half, f"memory ran out with {now} tokens a slice")

@@ -5,6 +5,9 @@
 The tensors that the engine is known to hold are counted (docs/DESIGN.md, the engine). Not all live at one
 time: a step has a few moments that may be its largest (`Moment`), and the largest of them is the peak. What
 counting does not give, such as the temporaries of a layer's backward pass, is in `fitted.py`.
+
+On a CPU what one moment frees is still resident at the next (`left_over`), so there the peak is nearer to
+the sum of the moments than to the largest.
 """
 
 from __future__ import annotations
@@ -79,11 +82,13 @@ def estimate(spec: ModelSpec, s: Shape) -> tuple[Part, ...]:
     fit, adapter = FITTED["torch", s.device], adapter_parameters(spec, s)
     activations, loss = layer_activation_bytes(spec, s), loss_slice_bytes(spec, s, fit)
     largest = peak(spec, s, activations, lambda share: layer_work(spec, s, fit, share), fit, loss, 0)
-    retained, loading = retained_bytes(spec, s, fit, largest), loading_bytes(spec, s)
-    if loading > largest.n_bytes + retained:
-        largest, retained = Moment("loading", work=loading), 0
-    beyond = rounding_bytes(spec, s) + fit.workspace_bytes + retained
     narrow = 2 * adapter if s.compute == "bfloat16" else 0  # a copy in the dtype that is computed in
+    work = layer_work(spec, s, fit, share_of_work(spec, s, fit)) + loss
+    left = left_over(spec, s, fit, activations, work, largest)
+    loading = loading_bytes(spec, s) - 12 * adapter - narrow  # which are made afterwards
+    if loading > largest.n_bytes + left:
+        largest, left = Moment("loading", work=loading), 0
+    beyond = rounding_bytes(spec, s) + fit.workspace_bytes + left
     return parts(spec, s, fit, weight_bytes(spec, s), narrow, largest, beyond)
 
 
@@ -156,10 +161,26 @@ def _moment_parts(spec: ModelSpec, s: Shape, m: Moment) -> tuple[Part, ...]:
     )
 
 
-def retained_bytes(spec: ModelSpec, s: Shape, fit: Fitted, m: Moment) -> int:
-    all_kept = s.keep_layers >= trained_layers(spec, s)
-    share = fit.retained_kept * min(2, s.passes) if all_kept else fit.retained
-    return round(share * m.n_bytes)
+def left_over(spec: ModelSpec, s: Shape, fit: Fitted, activations: int, work: int, largest: Moment) -> int:
+    """On a CPU: what the other moments than the largest have freed and is resident all the same.
+
+    work: of a layer's backward pass and of the loss. glibc keeps freed pieces among others that stay, MLX
+    keeps its buffers for the next array of their size, and what the next moment asks for has other sizes.
+    From a step's second micro-batch on, kept activations do not all fit where the first one's lay.
+    """
+    if s.device != "cpu":
+        return 0
+    trained = trained_layers(spec, s)
+    kept = min(s.keep_layers, trained)
+    saved = (trained - kept) * s.micro_batch * s.length * spec.hidden_size * ELEMENT_BYTES[s.compute]
+    every = saved + kept * activations + 4 * adapter_parameters(spec, s) + work
+    again = round(fit.retained * kept * activations) if s.passes > 1 else 0
+    return max(every - largest.n_bytes, 0) + again
+
+
+def share_of_work(spec: ModelSpec, s: Shape, fit: Fitted) -> float:
+    """Of a layer's work: all of it where one is recomputed."""
+    return 1.0 if s.keep_layers < trained_layers(spec, s) else fit.kept_work
 
 
 def total(found: Iterable[Part]) -> int:

@@ -5,6 +5,10 @@ autograd: a recomputed layer's input is gone by the time its gradient is there. 
 the tensors that the engine is known to hold, and `fitted.py` has what counting does not give. Where one layer
 waits for the device while another runs (`Shape.ahead`), the buffers of both are there: MLX hands out memory
 when work is queued.
+
+On a CPU nothing that was freed is given back while a step runs: MLX keeps it, up to a limit, for the next
+array of nearly the same size (`backends/mlx/device.py`, `limits`). What a layer, the loss and the update take
+one after another has other sizes and so adds up: `kept_for_reuse`. The resident peak repeats to the MiB.
 """
 
 from __future__ import annotations
@@ -15,12 +19,14 @@ from burnish.models.spec import ModelSpec
 from burnish.planning.fitted import FITTED, Fitted
 from burnish.planning.memory import (
     ELEMENT_BYTES,
+    Moment,
     Part,
     Shape,
     adapter_parameters,
+    left_over,
     parts,
     peak,
-    retained_bytes,
+    share_of_work,
     supervised_tokens,
     work_values,
 )
@@ -32,6 +38,8 @@ SCORES_BLOCKS = 8  # scores, probabilities, the gradients of both, and what is w
 OWN_ATTENTION, OWN_SCORES = ("gemma2",), 6
 LEAST_SLICE = 64  # rows of a slice of the loss: fewer make the head's product no faster
 HEAD_TILE = 16384  # words of the head that are multiplied at one time
+CPU_BLOCK_ROWS = 64  # queries of a block of scores on a CPU (backends/mlx/attention.py)
+MOST_REUSED_BYTES = 4 << 30  # of freed buffers that are kept (backends/mlx/device.py)
 
 
 def estimate_mlx(spec: ModelSpec, s: Shape) -> tuple[Part, ...]:
@@ -39,8 +47,30 @@ def estimate_mlx(spec: ModelSpec, s: Shape) -> tuple[Part, ...]:
     update = 12 * adapter_parameters(spec, s)  # a new adapter and new AdamW moments, beside the old ones
     loss = loss_bytes(spec, s, fit)
     largest = peak(spec, s, activations, lambda share: layer_work(spec, s, fit, share), fit, loss, update)
-    beyond = retained_bytes(spec, s, fit, largest) + lingering_bytes(spec, s)
+    beyond = kept_for_reuse(spec, s, fit, activations, loss, largest) + lingering_bytes(spec, s)
     return parts(spec, s, fit, weight_bytes(spec, s), 0, largest, beyond)
+
+
+def kept_for_reuse(
+    spec: ModelSpec, s: Shape, fit: Fitted, activations: int, loss: int, largest: Moment
+) -> int:
+    """On a CPU: the buffers of all other moments than the largest, each of its own size."""
+    if s.device != "cpu":
+        return 0
+    work = round(share_of_work(spec, s, fit) * ELEMENT_BYTES[s.compute] * work_values(spec, s, fit))
+    work += reused_scores_bytes(spec, s, fit)
+    if s.quantize != "none":  # a layer unpacked; the head, on the way forward and on the way back
+        head = 2 * spec.vocab_size * spec.hidden_size
+        work += ELEMENT_BYTES[s.compute] * (round(fit.widened * spec.layer_weights) + head)
+    return min(left_over(spec, s, fit, activations, work + loss, largest), MOST_REUSED_BYTES)
+
+
+def reused_scores_bytes(spec: ModelSpec, s: Shape, fit: Fitted) -> int:
+    """A block of scores for every number of keys that a block's queries see, several copies of each."""
+    if spec.model_type in OWN_ATTENTION:
+        return scores_bytes(spec, s)
+    blocks = spec.n_heads * s.micro_batch * s.length * (s.length + CPU_BLOCK_ROWS) // 2
+    return round(fit.scores * 4 * blocks)
 
 
 def lingering_bytes(spec: ModelSpec, s: Shape) -> int:
@@ -103,7 +133,10 @@ def scores_bytes(spec: ModelSpec, s: Shape) -> int:
         return OWN_SCORES * every
     if s.device == "cuda" and s.compute == "bfloat16" and spec.head_dim <= 128:
         return 0
-    return SCORES_BLOCKS * min(SCORES_BLOCK_BYTES, every)
+    block = SCORES_BLOCK_BYTES
+    if s.device == "cpu":
+        block = min(block, 4 * spec.n_heads * s.micro_batch * s.length * CPU_BLOCK_ROWS)
+    return SCORES_BLOCKS * min(block, every)
 
 
 def slice_rows(targets: int, most: int) -> int:
