@@ -14,8 +14,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Fine-tune language models with LoRA on the machine you have. `--lang zh` anywhere: what is known of "
-    "an error is said in Chinese (else by $LANG).",
+    help="Fine-tune language models with LoRA on the machine you have. `--lang zh` anywhere: what is known "
+    "of an error is said in Chinese (else by $LANG).",
 )
 
 RecipeName = Annotated[
