@@ -108,7 +108,7 @@ def test_skip_before(learning: World):
 def test_the_run_folder_is_as_designed(learnt: World):
     assert {p.name for p in learnt.out.iterdir()} == {
         "recipe.yaml", "plan.json", "environment.json", "events.jsonl", "metrics.jsonl", "checkpoints",
-        "adapter", "best", "lock",
+        "adapter", "best", "lock", "report.html",
     }  # fmt: skip
     assert {p.name for p in (learnt.out / "checkpoints" / "000020").iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json",

@@ -20,6 +20,7 @@ FAILED = {"event": "failed", "step": 5, "error": "E: reset", "what": "the GPU wa
 def test_a_real_run(world: World, capsys: pytest.CaptureFixture[str]):
     world.recipe(ask=["why?"])
     assert world.train().code == 0
+    (world.out / "report.html").unlink()  # the run's own, written at its end
     before = world.tree()
     report_command(str(world.out), None, False)
     said, told = capsys.readouterr().out, run_facts(world.out)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -156,6 +157,7 @@ class TrainView:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._steps, self._tokens, self._seconds = 0, 0, 0.0
+        self._began, self._planned_once = time.monotonic(), False
 
     def __enter__(self) -> TrainView:
         return self
@@ -212,6 +214,9 @@ class TrainView:
         self._console.print(text)
 
     def _planned(self, e: Planned) -> None:
+        if self._planned_once:  # a new process goes on: all this was said
+            return
+        self._planned_once = True
         choices = e.summary["choices"]
         values = {k: choices[k]["value"] for k in choices}
         self._line(
@@ -269,7 +274,8 @@ class TrainView:
             self.__exit__()
 
     def _finished(self, e: Finished) -> None:
-        self._line(f"\nadapter of step {e.from_step}: {e.adapter}   ({duration(e.seconds)} in all)")
+        took = duration(time.monotonic() - self._began)  # several processes' time, where there were several
+        self._line(f"\nadapter of step {e.from_step}: {e.adapter}   ({took} in all)")
         off = 100 * (e.estimated_bytes - e.peak_bytes) / e.peak_bytes if e.peak_bytes else 0
         self._line(
             f"memory: estimated {gib(e.estimated_bytes)}, measured peak {gib(e.peak_bytes)} ({off:+.0f} %)"

@@ -9,9 +9,11 @@ from pathlib import Path
 import typer
 
 from burnish.cli.show import JsonView, TrainView
-from burnish.errors import EXIT_INTERRUPTED
-from burnish.recipe import Recipe, expand, load
-from burnish.runs.events import Event, Interrupted, Scored
+from burnish.errors import EXIT_INTERRUPTED, UserError
+from burnish.recipe import expand, load
+from burnish.report.run_facts import run_facts
+from burnish.report.run_page import check_target, write_run_page
+from burnish.runs.events import Event, Interrupted, Planned, Scored
 from burnish.training.interrupt import interruptible
 from burnish.training.orders import Orders
 from burnish.training.post_mortem import with_post_mortem
@@ -33,30 +35,49 @@ def train_command(
 
 
 def train_orders(orders: Orders, in_process: bool, json: bool) -> None:
-    recipe: Recipe = orders.recipe
     scores: dict[str, Scored] = {}
-    interrupted, unheard = False, False
-    with interruptible() as wished, JsonView() if json else TrainView(recipe.train.log_every) as view:
+    interrupted, begun, unheard = False, False, False
+    log_every = orders.recipe.train.log_every
+    try:
+        with interruptible() as wished, JsonView() if json else TrainView(log_every) as view:
 
-        def stop() -> bool:
-            return wished() or unheard
+            def stop() -> bool:
+                return wished() or unheard
 
-        events = _here(orders, stop) if in_process else supervise(orders, stop, insisted=wished.insisted)
-        for event in with_post_mortem(events, orders.out):
-            try:
-                view.hear(event)
-            except OSError:  # the terminal is gone, or whoever read our output: save, and end
-                unheard = True
-                _to_nowhere()
-            interrupted = interrupted or isinstance(event, Interrupted)
-            if isinstance(event, Scored):
-                scores[event.when] = event
+            events = _here(orders, stop) if in_process else supervise(orders, stop, insisted=wished.insisted)
+            for event in with_post_mortem(events, orders.out):
+                try:
+                    view.hear(event)
+                except OSError:  # the terminal is gone, or whoever read our output: save, and end
+                    unheard = True
+                    _to_nowhere()
+                begun = begun or isinstance(event, Planned)
+                interrupted = interrupted or isinstance(event, Interrupted)
+                if isinstance(event, Scored):
+                    scores[event.when] = event
+    finally:
+        page = _page(orders.out) if begun else None
+    if page is not None and not json:
+        print(f"report: {page}", flush=True)
     if interrupted or stop():
         raise typer.Exit(EXIT_INTERRUPTED)
     if len(scores) == 2 and not json:
         before, after = scores["before"], scores["after"]
         task = after.task.replace("-", " ")
         print(f"held-out {task}: before {before.percent:.1f} %, after {after.percent:.1f} %", flush=True)
+
+
+def _page(out: Path) -> Path | None:
+    """report.html of a run that has ended, however it did. None where it cannot be written: whatever keeps it
+    from that, such as a full disk, has been said.
+    """
+    page = out / "report.html"
+    try:
+        check_target(page)
+        write_run_page(page, run_facts(out))
+    except UserError:
+        return None
+    return page
 
 
 def _to_nowhere() -> None:

@@ -19,6 +19,7 @@ from burnish.recipe import Care
 from burnish.runs.wish import wished
 
 LOOK_S = 20.0
+SWAPPED_BYTES = 2 << 30
 ASKED = Verdict("pause", "asked", "asked for; `burnish resume` goes on")
 
 Read = Callable[[], Health]
@@ -45,6 +46,9 @@ class Keeper:
         self._folder, self._care, self._stop, self._pulse = folder, care, stop, pulse
         self._read, self._look_s = read, look_s
         self._health, self._over = Health(), threading.Event()
+        self._notes: list[str] = []
+        self._swap_bytes: int | None = None  # at the first look
+        self._swapped = False
         self._thread = threading.Thread(target=self._look, daemon=True, name="keeper")
 
     def __enter__(self) -> Keeper:
@@ -69,6 +73,11 @@ class Keeper:
             self._health, care.on_battery, care.min_battery, care.when_hot, care.under_pressure, paused
         )
 
+    def notes(self) -> list[str]:
+        """What a person should know of the machine, each once."""
+        notes, self._notes = self._notes, []
+        return notes
+
     def wait(self, seconds: float) -> None:
         """So long, or until the run is to stop."""
         left = seconds
@@ -88,5 +97,21 @@ class Keeper:
                 self._health = self._read()
             except Exception:  # whatever breaks, it ends neither the looking nor a pause for ever
                 self._health = Health()
+            self._watch_swap()
             if self._over.wait(self._look_s):
                 return
+
+    def _watch_swap(self) -> None:
+        """Swapping is no reason to pause, and the usual one why a Mac gets slow."""
+        now = self._health.swap_bytes
+        if now is None:
+            return
+        if self._swap_bytes is None:
+            self._swap_bytes = now
+        elif now - self._swap_bytes > SWAPPED_BYTES and not self._swapped:
+            self._swapped = True
+            gib = (now - self._swap_bytes) / 2**30
+            self._notes.append(
+                f"the system has swapped out {gib:.1f} GiB since the run began, which makes it slow: close "
+                "other programs, or set train.micro_batch=1"
+            )

@@ -110,7 +110,7 @@ def train(
                 step, total, step / per_epoch, stats.loss, lr, stats.grad_norm, stats.tokens, stats.weight,
                 seconds, memory.now_bytes, memory.peak_bytes,
             )  # fmt: skip
-            yield from map(Noted, trend.hear(step, stats.loss))
+            yield from map(Noted, (*trend.hear(step, stats.loss), *keeper.notes()))
             slow = yield from _slowed(keeper, slow, seconds)
         last = course.state.step == total
         if course.held_out and (last or course.state.step % recipe.eval_every == 0):
