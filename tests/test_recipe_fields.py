@@ -7,8 +7,10 @@ written down again does not pass. The reference backend trains, for it starts at
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,14 +19,21 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from burnish.backends.reference import ReferenceLearner
 from burnish.data.prepare import prepare
-from burnish.errors import UserError
+from burnish.errors import NonFinite, UserError
 from burnish.inference.generate import sampling
+from burnish.machine.health import Health
 from burnish.machine.probe import Gpu
 from burnish.models.spec import read_spec
 from burnish.models.tokenizer import load_tokenizer
 from burnish.planning.plan import DataStats, make_plan
 from burnish.recipe import Recipe, expand, known_keys, load
+from burnish.runs.events import Event
+from burnish.training.environment import prepare_environment
+from burnish.training.keeper import Keeper
+from burnish.training.orders import Orders
+from burnish.training.supervise import supervise
 from tests.tiny import MACHINE, tiny_model
 from tests.world import World
 
@@ -133,6 +142,96 @@ def trusted(world: World, overrides: tuple[str, ...]) -> Any:
     return told
 
 
+# --- care: of none of it a trained number may tell
+
+
+def awake(world: World, overrides: tuple[str, ...]) -> Any:
+    """How often a run keeps the machine awake."""
+    kept: list[int] = []
+
+    @contextmanager
+    def double(pid: int) -> Iterator[str]:
+        kept.append(pid)
+        yield ""
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("burnish.training.job.keep_awake", double)
+        trained(world, overrides)
+    return len(kept)
+
+
+HEALTHS = (
+    Health(), Health(True, 80), Health(True, 15), Health(True, 5), Health(hot=True),
+    Health(pressure="critical"),
+)  # fmt: skip
+
+
+def heeded(world: World, overrides: tuple[str, ...]) -> Any:
+    """What a run's keeper says of machines that are not well."""
+    made: list[Keeper] = []
+
+    def keeper(*args: Any) -> Keeper:
+        made.append(Keeper(*args, read=Health))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("burnish.training.job.Keeper", keeper)
+        trained(world, overrides)
+    said = []
+    for made[0]._health in HEALTHS:
+        verdict = made[0].verdict()
+        said.append((verdict.action, verdict.why))
+    return said
+
+
+def overflowed(world: World, overrides: tuple[str, ...]) -> Any:
+    """A run whose second step is NaN, and still is when it is computed again."""
+    step, calls = ReferenceLearner.step, []
+
+    def nan(self: ReferenceLearner, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) in (2, 3):
+            raise NonFinite("loss nan")
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(ReferenceLearner, "step", nan)
+        said = world.train(*overrides)
+    return said.code, [e["step"] for e in said.events if e["event"] == "skipped"]
+
+
+def supervised(world: World, overrides: tuple[str, ...], script: str) -> Any:
+    """How often a process that does what `script` says is begun anew, and how it ends."""
+    orders = Orders(recipe_of(world, overrides), world.out, resume=False, skip_before=True)
+    command = [sys.executable, "-S", "-c", f"import os, time; {script}"]
+    events: list[Event] = []
+    try:
+        for event in supervise(orders, lambda: False, command, back_off=(0,)):
+            events.append(event)
+    except UserError as e:
+        return len(events), e.message
+    return len(events), ""
+
+
+def dying(world: World, overrides: tuple[str, ...]) -> Any:
+    return supervised(world, overrides, "os.kill(os.getpid(), 9)")
+
+
+def silent(world: World, overrides: tuple[str, ...]) -> Any:
+    end = {"step": 1, "adapter": "", "from_step": 1, "seconds": 1.0, "estimated_bytes": 1, "peak_bytes": 1}
+    line = json.dumps({"event": "finished", **end})
+    return supervised(world, ("care.restarts=0", *overrides), f"time.sleep(2); print({line!r})")
+
+
+def limited(world: World, overrides: tuple[str, ...]) -> Any:
+    """What PyTorch finds in its environment."""
+    found: dict[str, str] = {}
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(os, "environ", found)
+        prepare_environment(recipe_of(world, overrides).care)
+    return {k: v for k, v in found.items() if "MPS" in k}
+
+
 @dataclass(frozen=True)
 class Case:
     look: Look
@@ -157,6 +256,15 @@ CASES = {
     "trust_remote_code": Case(trusted, "true"),
     "ask": Case(trained, "[question 1]"),
     "trackers": Case(tracked, "[trackio]"),
+    "care.keep_awake": Case(awake, "false"),
+    "care.on_battery": Case(heeded, "slow"),
+    "care.min_battery": Case(heeded, "10"),
+    "care.when_hot": Case(heeded, "go-on"),
+    "care.under_pressure": Case(heeded, "go-on"),
+    "care.non_finite": Case(overflowed, "skip"),
+    "care.restarts": Case(dying, "2"),
+    "care.silence_s": Case(silent, "1"),
+    "care.mps_limit": Case(limited, "none"),
     "data.train": Case(prepared, "text.jsonl"),
     "data.valid": Case(prepared, "other.jsonl"),
     "data.valid_share": Case(prepared, "0.25"),

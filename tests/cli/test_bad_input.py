@@ -705,7 +705,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 
     import burnish.cli.generate
     import burnish.cli.plan
-    import burnish.training.job
+    import burnish.training.material
     from tests.tiny import GPU, MACHINE
 
     others = {
@@ -715,7 +715,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
         "mlx_without_cuda": replace(MACHINE, gpus=(GPU,)),
     }
     this = next((other for name, other in others.items() if name in request.node.name), MACHINE)
-    for module in (burnish.training.job, burnish.cli.plan, burnish.cli.generate):
+    for module in (burnish.training.material, burnish.cli.plan, burnish.cli.generate):
         monkeypatch.setattr(module, "probe", lambda _: this)
 
 

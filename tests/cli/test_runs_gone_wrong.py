@@ -90,6 +90,18 @@ def at_call(n: int, do: Callable[..., Any], instead: Callable[[], Any]) -> Calla
     return counted
 
 
+def from_call(n: int, do: Callable[..., Any], instead: Callable[[], Any]) -> Callable[..., Any]:
+    """`do`, but from its n-th call on it is `instead`."""
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return instead() if calls >= n else do(*args, **kwargs)
+
+    return counted
+
+
 def throw(error: Exception) -> Callable[[], Any]:
     def raising() -> Any:
         raise error
@@ -115,11 +127,28 @@ def test_a_loss_that_becomes_nan_leaves_the_checkpoints_whole(
     begun: World, unspoilt: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as m:
-        error = throw(NonFinite("loss nan, gradient norm nan at step 5"))
-        m.setattr(TorchLearner, "step", at_call(5, TorchLearner.step, error))
-        failed(begun.train(), EXIT_FAILED, "left the finite range", "at step 5")
+        error = throw(NonFinite("loss nan, gradient norm nan"))
+        m.setattr(TorchLearner, "step", from_call(5, TorchLearner.step, error))
+        said = begun.train()
+    failed(said, EXIT_FAILED, "left the finite range", "step 5, twice, of the rows")
+    assert said.event("noted")["message"] == "loss nan, gradient norm nan; the step is computed again, once"
     whole(begun.out, 2, 4)
     goes_on(begun, unspoilt)
+
+
+@pytest.mark.parametrize("error", [NonFinite("loss nan"), OutOfMemory("no more")])
+def test_what_happens_once_changes_nothing(
+    begun: World, unspoilt: dict[str, bytes], error: Exception, monkeypatch: pytest.MonkeyPatch
+):
+    """The step is taken again, and not a bit is another."""
+    monkeypatch.setattr(TorchLearner, "step", at_call(5, TorchLearner.step, throw(error)))
+    said = begun.train()
+    assert said.code == 0, said.err
+    assert [e["step"] for e in said.events if e["event"] == "stepped"] == [1, 2, 3, 4, 5, 6]
+    assert files(begun.out / "adapter") == unspoilt
+    if isinstance(error, OutOfMemory):
+        told = said.event("recovered")
+        assert (told["step"], told["cause"], told["error"]) == (4, "out of memory", "no more")
 
 
 def test_an_absurd_learning_rate_is_found_out_by_the_numbers(begun: World):
@@ -128,19 +157,21 @@ def test_an_absurd_learning_rate_is_found_out_by_the_numbers(begun: World):
     assert not (begun.out / "adapter").exists()
 
 
-def test_memory_that_runs_out_in_a_step(
-    begun: World, unspoilt: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-):
+def test_memory_that_runs_out_in_every_step(begun: World, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as m:
         error = throw(OutOfMemory("CUDA out of memory. Tried to allocate 2 GiB\nmore of it"))
-        m.setattr(TorchLearner, "step", at_call(3, TorchLearner.step, error))
+        m.setattr(TorchLearner, "step", from_call(3, TorchLearner.step, error))
         said = begun.train()
     failed(said, EXIT_OUT_OF_MEMORY, "memory ran out: CUDA out of memory. Tried to allocate 2 GiB\n")
+    rungs = [e["did"] for e in said.events if e["event"] == "recovered"]
+    assert len(rungs) > 2 and len(set(rungs)) == len(rungs), "every cut of the same training was tried"
     whole(begun.out, 2)
     # The advice can be followed: smaller numbers are another recipe, so they need another folder.
     assert "train.micro_batch=1" in said.err and "--out DIR" in said.err
     assert begun.train("train.micro_batch=1", out="smaller").code == 0
-    goes_on(begun, unspoilt)
+    again = begun.train("--resume")  # in the smallest cut; its masks are others, so its numbers are too
+    assert again.code == 0, again.err
+    assert again.event("planned")["summary"]["choices"]["micro_batch"]["value"] == 1
 
 
 def test_an_operation_that_the_device_lacks(world: World, monkeypatch: pytest.MonkeyPatch):
@@ -153,7 +184,7 @@ def test_a_run_that_failed_before_it_saved_anything_is_begun_anew(
 ):
     world.recipe(data={"valid_share": 0.25}, train={"eval_every": 1, "max_steps": 3})
     with monkeypatch.context() as m:
-        m.setattr(TorchLearner, "step", at_call(2, TorchLearner.step, throw(OutOfMemory("no more"))))
+        m.setattr(TorchLearner, "step", from_call(2, TorchLearner.step, throw(OutOfMemory("no more"))))
         failed(world.train(), EXIT_OUT_OF_MEMORY)
     assert (world.out / "best").is_dir()
     said = world.train("train.micro_batch=1")
@@ -322,7 +353,8 @@ def test_a_file_that_the_system_refuses_to_write(
     """Real: the kernel refuses to write (EFBIG), in a process of its own."""
     if doing == "no_room_in_publish":  # an adapter smaller than the tokenizer
         begun.recipe(lora={"rank": 1, "targets": ["q_proj"], "last_layers": 1})
-    ended = forks.run(begun.root, ["train", "recipe.yaml", "--out", "out", "--json"], doing, n)
+    args = ["train", "recipe.yaml", "--out", "out", "--json", "--in-process"]
+    ended = forks.run(begun.root, args, doing, n)
     failed(Said(ended.code, ended.out, ended.err), EXIT_FAILED, what, "--resume")
     assert "the disk is full" in ended.err or "File too large" in ended.err
     assert not (begun.out / "adapter").exists()
@@ -336,7 +368,7 @@ def test_a_file_that_the_system_refuses_to_write(
 
 def test_a_lock_that_finds_no_room(world: World, monkeypatch: pytest.MonkeyPatch):
     no_room = throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    monkeypatch.setattr("burnish.runs.folder.sync", at_call(1, atomic.sync, no_room))
+    monkeypatch.setattr("burnish.runs.lock.sync", at_call(1, atomic.sync, no_room))
     failed(world.train(), EXIT_FAILED, "the disk is full", "free some space")
 
 
@@ -380,7 +412,7 @@ def test_a_missing_place_for_the_records_on_resume(begun: World):
 
 def test_generate_from_an_unfinished_run(begun: World, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as m:
-        m.setattr(TorchLearner, "step", at_call(4, TorchLearner.step, throw(OutOfMemory("no more"))))
+        m.setattr(TorchLearner, "step", from_call(4, TorchLearner.step, throw(OutOfMemory("no more"))))
         failed(begun.train(), EXIT_OUT_OF_MEMORY)
     said = begun.burnish("generate", "out", "hello")
     failed(said, EXIT_BAD_INPUT, "is a run without a finished adapter", "--resume")

@@ -82,7 +82,7 @@ def test_resume_of_another_recipe_names_each_difference_and_lets_go(tmp_path: Pa
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path):
-    state = State(12, Cursor(3, 7), 0.1 + 0.2, 8, 2, "abc")
+    state = State(12, Cursor(3, 7), 0.1 + 0.2, 8, 2, data="abc")
     with RunFolder.begin(tmp_path, RECIPE) as run:
         folder = run.save_checkpoint(state, files("a"), 2)
         assert folder == tmp_path / "checkpoints" / "000012"

@@ -172,7 +172,7 @@ def child(doing: str, n: str) -> None:
     {"kill_after_update": kill_after_update, "kill_in_save": kill_in_save}[doing](int(n))
     import burnish.cli
 
-    sys.argv = ["burnish", "train", "recipe.yaml", "--out", "out", "--json"]
+    sys.argv = ["burnish", "train", "recipe.yaml", "--out", "out", "--json", "--in-process"]
     burnish.cli.main()
 
 

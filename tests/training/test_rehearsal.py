@@ -240,22 +240,51 @@ def out_of_memory(*_: Any) -> None:
 
 
 def test_a_run_that_does_not_fit_ends_before_it_begins(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once every cut of the same training has been tried; each is said."""
     with monkeypatch.context() as m:
         m.setattr(TorchLearner, "rehearse", out_of_memory)
         said = world.train("ask=[question 1]")
     assert said.code == EXIT_WILL_NOT_FIT and "Traceback" not in said.err
     assert "memory ran out in the rehearsal" in said.err and "more of it" not in said.err
     assert "GiB measured until then" in said.err and "GiB predicted (CUDA out of memory" in said.err
-    assert [e["event"] for e in said.events] == ["planned"], "no question was asked"
-    assert "measured" not in json.loads((world.out / "plan.json").read_text("utf-8"))
+    first, *rungs, last = [e["event"] for e in said.events]
+    assert (first, last) == ("planned", "recovered") and set(rungs) == {"recovered"}, "no question was asked"
+    did = [e["did"] for e in said.events[1:]]
+    assert did[0].startswith("memory was freed") and did[1].startswith("micro-batch 4 → ")
+    assert len(set(did)) == len(did), "nothing is tried twice"
+    told = {(e["step"], e["cause"], e["error"]) for e in said.events[1:]}
+    error = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert told == {(0, "out of memory in the rehearsal", error)}
+    kept = json.loads((world.out / "plan.json").read_text("utf-8"))
+    assert "measured" not in kept and kept["choices"]["micro_batch"]["value"] == 1
     assert not (world.out / "checkpoints").exists()
     # What it says can be typed, in the same folder, and is smaller.
-    typed = said.err.split("→ set ")[1].split(",")[0].split(" (")[0].split()
-    assert typed and all("=" in t for t in typed), said.err
+    typed = [t for t in said.err.split("→ set ")[1].split(" (")[0].split() if "=" in t]
+    assert typed, said.err
     again = world.train(*typed)
     assert again.code == 0, again.err
     estimates = [s.event("planned")["summary"]["total_bytes"] for s in (said, again)]
     assert estimates[1] < estimates[0], typed
+
+
+def test_a_smaller_cut_that_fits_is_gone_on_with(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run that goes on begins with it: `plan.json` knows."""
+    rehearse_, tries = TorchLearner.rehearse, []
+
+    def short_of_memory(self: TorchLearner, micros: Sequence[Batch]) -> None:
+        tries.append(self.plan.micro_batch.value)
+        if len(micros[0].tokens_BT) > 2:
+            out_of_memory()
+        rehearse_(self, micros)
+
+    monkeypatch.setattr(TorchLearner, "rehearse", short_of_memory)
+    said = world.train()
+    assert said.code == 0, said.err
+    assert tries == [4, 4, 2], "as it was, once more, then half"
+    assert [e["event"] for e in said.events][:4] == ["planned", "recovered", "recovered", "rehearsed"]
+    kept = json.loads((world.out / "plan.json").read_text("utf-8"))
+    assert kept["choices"]["micro_batch"]["value"] == 2
+    assert kept["measured"]["peak_bytes"] == said.event("rehearsed")["peak_bytes"]
 
 
 def test_where_the_same_training_takes_no_less_the_levers_are_named(tiny_folder: Path) -> None:

@@ -14,14 +14,18 @@ from burnish.backends.base import Memory, Scores, StepStats
 from burnish.data.batches import Batch, Cursor, Example, split
 from burnish.data.prepare import Part, Prepared
 from burnish.models.tokenizer import Tokenizer
+from burnish.planning.plan import Plan
 from burnish.runs.events import Event, Interrupted, Noted, Saved, Stepped, Validated
 from burnish.runs.folder import RunFolder, State
+from burnish.training.keeper import Keeper
 from burnish.training.train import train
 from tests.tiny import tiny_plan
 
 
 class Fake:
     """Learns nothing: its adapter is the number of its steps, and its validation losses are a script."""
+
+    plan: Plan
 
     def __init__(self, valid_losses: Sequence[float] = ()) -> None:
         self.script, self.steps = list(valid_losses), 0
@@ -62,9 +66,11 @@ def run_loop(
         "text", "", part(n), part(valid, 100), False, "JSON Lines", (), "none", "", 0, cast(Tokenizer, None)
     )
     plan = tiny_plan(model, prepared.stats, train={"batch_size": 4, "micro_batch": 2, **settings})
+    fake.plan = plan
     events: list[Event] = []
     with RunFolder.begin(tmp_path / "run", plan.recipe) as run:
-        for event in train(plan, fake, prepared, run, state or State(), stop):  # type: ignore[arg-type]
+        keeper = Keeper(run.path, plan.recipe.care, stop)  # not entered: it looks at no machine
+        for event in train(fake, prepared, run, state or State(), keeper):  # type: ignore[arg-type]
             events.append(event)
             if isinstance(event, Validated):
                 fake.script.pop(0)

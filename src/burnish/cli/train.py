@@ -51,6 +51,9 @@ def train_orders(orders: Orders, in_process: bool, json: bool) -> None:
                 except OSError:  # the terminal is gone, or whoever read our output: save, and end
                     unheard = True
                     _to_nowhere()
+                if wished.terminal_gone and not unheard:
+                    unheard = True
+                    _to_nowhere()
                 begun = begun or isinstance(event, Planned)
                 interrupted = interrupted or isinstance(event, Interrupted)
                 if isinstance(event, Scored):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 from burnish.cli.show import console
 from burnish.cli.train import train_orders
 from burnish.errors import UserError
 from burnish.recipe import expand, load
+from burnish.report.page import json_of
 from burnish.report.run_facts import check_run, run_facts
 from burnish.runs.lock import LOCK, in_use
 from burnish.runs.wish import ask, wished
@@ -34,7 +37,7 @@ def stop_command(run: str) -> None:
     while in_use(folder / LOCK) and time.monotonic() < end:
         time.sleep(LOOK_S)
     words = "will end after the step in hand" if in_use(folder / LOCK) else "has ended"
-    console().print(f"{run} {words}, with a checkpoint.\n  burnish resume {run}   goes on from there")
+    console().print(f"{run} {words}; its steps are saved.\n  burnish resume {run}   goes on from there")
 
 
 def resume_command(run: str, json: bool) -> None:
@@ -49,8 +52,15 @@ def resume_command(run: str, json: bool) -> None:
         return
     if run_facts(folder)["state"]["kind"] == "finished":
         raise UserError(f"{run} has finished", f"burnish generate {run}   asks it something")
-    recipe = load(str(folder / "recipe.yaml"))
+    recipe, begun_in = load(str(folder / "recipe.yaml")), _begun_in(folder)
+    if begun_in:
+        os.chdir(begun_in)  # the recipe's own paths may be relative
     train_orders(Orders(recipe, folder, resume=True, skip_before=False), in_process=False, json=json)
+
+
+def _begun_in(folder: Path) -> str:
+    told = json_of(folder / "environment.json").get("folder")
+    return told if isinstance(told, str) and os.path.isdir(told) else ""
 
 
 def _check_running(run: str) -> None:

@@ -12,18 +12,23 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Wish:
-    """`stop()` is true once a signal came, `stop.insisted()` once a second one did."""
+    """`stop()` is true once a signal came, `stop.insisted()` once a second one did. A terminal that is closed
+    is told of by the shell and by the system, which is one wish.
+    """
 
     def __init__(self) -> None:
-        self._times = 0
+        self._times, self.terminal_gone = 0, False
 
     def __call__(self) -> bool:
-        return self._times > 0
+        return self._times > 0 or self.terminal_gone
 
     def insisted(self) -> bool:
         return self._times > 1
 
     def hear(self, number: int, _frame: object) -> None:
+        if number == signal.SIGHUP:
+            self.terminal_gone = True
+            return
         self._times += 1
         if self._times > 1:
             raise KeyboardInterrupt

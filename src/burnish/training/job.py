@@ -361,5 +361,6 @@ def _environment(machine: Machine) -> dict[str, object]:
         "burnish": __version__,
         "python": platform.python_version(),
         "command": sys.argv,
+        "folder": os.getcwd(),  # what the recipe's own paths are relative to
         **asdict(machine),
     }

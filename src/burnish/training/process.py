@@ -121,7 +121,8 @@ class Process:
             while self._process.poll() is None and not self._silence.too_long():
                 if kind is KeyboardInterrupt or self._insisted():
                     break
-                time.sleep(LOOK_S)
+                with suppress(queue.Empty):
+                    self._heard(self._lines.get(timeout=LOOK_S))
         finally:
             if self._process.poll() is None:
                 self._process.kill()
@@ -168,7 +169,7 @@ class Process:
 
     def end(self) -> End:
         code = self._process.returncode
-        name = signal.Signals(-code).name if code < 0 and not self._hung_s else ""
+        name = _name(-code) if code < 0 and not self._hung_s else ""
         return End(code, name, self._hung_s, self._told, tuple(self._log))
 
     def _read_lines(self) -> None:
@@ -196,6 +197,13 @@ class Process:
         with suppress(OSError):  # it has ended; its end tells more
             self._process.stdin.write(line)
             self._process.stdin.flush()
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _read(pipe: IO[str], put: Callable[[str], None]) -> None:

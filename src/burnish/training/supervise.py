@@ -32,7 +32,7 @@ from burnish.runs.events import (
     from_json,
 )
 from burnish.runs.lock import locked
-from burnish.runs.wish import wished
+from burnish.runs.wish import ask, wished
 from burnish.training.orders import Aftermath, Orders
 from burnish.training.process import End, Process
 
@@ -97,6 +97,8 @@ def supervise(
     waited for.
     """
     heard = _Heard(at=time.monotonic())
+    if orders.resume and wished(orders.out):
+        ask(orders.out, "")  # of before: whoever resumes wants it to go on
     while True:
         orders = replace(orders, renewable=heard.deaths < orders.recipe.care.restarts)
         with Process(orders, command or command_of(WORKER), insisted) as child:
@@ -174,7 +176,10 @@ def _stopped_while(seconds: float, stop: Callable[[], bool], orders: Orders, hea
     end = time.monotonic() + seconds
     with locked(orders.out) if heard.begun else nullcontext():
         while True:
-            if stop() or wished(orders.out) == "stop":
+            if stop():
+                return True
+            if wished(orders.out) == "stop":
+                ask(orders.out, "")  # heeded
                 return True
             if time.monotonic() >= end:
                 return False

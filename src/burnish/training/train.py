@@ -37,6 +37,7 @@ from burnish.runs.events import (
     Validated,
 )
 from burnish.runs.folder import BEST, RunFolder, State
+from burnish.runs.wish import ask
 from burnish.training.keeper import Keeper
 from burnish.training.recover import OUT_OF_MEMORY, after_out_of_memory, first_line, named_rows, take
 from burnish.training.schedule import learning_rate
@@ -98,6 +99,7 @@ def train(
         if keeper.stop():
             if course.saved != course.state.step:
                 yield course.save()
+            ask(run.path, "")  # heeded
             yield Interrupted(course.state.step, str(run.path))
             return
         lr = learning_rate(recipe, course.state.step, total)

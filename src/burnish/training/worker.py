@@ -113,7 +113,11 @@ def _listen(parent: IO[str], stop: threading.Event) -> None:
     for line in parent:
         if line.strip() == "stop":
             stop.set()
-    stop.set()  # the parent is gone
+    # The parent is gone, and what is printed would only fail.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
+    stop.set()
 
 
 @contextmanager
