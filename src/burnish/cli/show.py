@@ -39,9 +39,15 @@ from burnish.runs.events import (
 TIGHT = 0.9  # of the budget
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the process, and with it a run; whoever prints here decides."""
+        raise
+
+
 def console() -> Console:
     wide = None if sys.stdout.isatty() else 110
-    return Console(highlight=False, width=wide, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+    return _Console(highlight=False, width=wide, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
 
 
 def print_json(value: Any) -> None:

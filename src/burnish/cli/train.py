@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def train_command(
 ) -> None:
     recipe = load(name, overrides)
     folder = expand(str(out)) if out is not None else expand(f"runs/{recipe.name}")
-    train_orders(Orders(recipe, folder, resume, skip_before), in_process, json)
+    train_orders(Orders(recipe, folder, resume, skip_before, command=tuple(sys.argv)), in_process, json)
 
 
 def train_orders(orders: Orders, in_process: bool, json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def resume_command(run: str, json: bool) -> None:
     recipe, begun_in = load(str(folder / "recipe.yaml")), _begun_in(folder)
     if begun_in:
         os.chdir(begun_in)  # the recipe's own paths may be relative
-    train_orders(Orders(recipe, folder, resume=True, skip_before=False), in_process=False, json=json)
+    orders = Orders(recipe, folder, resume=True, skip_before=False, command=tuple(sys.argv))
+    train_orders(orders, in_process=False, json=json)
 
 
 def _begun_in(folder: Path) -> str:

@@ -9,6 +9,7 @@ to it, so that what stands in metrics.jsonl is one unbroken run.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -189,9 +190,9 @@ class RunFolder:
                 sync(self.path / name)
             write(folder)
             sums = {p.name: checksum(p) for p in sorted(folder.iterdir())}
-            (folder / "state.json").write_text(
-                json.dumps({**asdict(state), "checksums": sums}, indent=1) + "\n"
-            )
+            told = {**asdict(state), "checksums": sums}
+            told["checksum"] = _sum_of(told)
+            (folder / "state.json").write_text(json.dumps(told, indent=1) + "\n")
 
         write_folder(final, fill)
         for old in sorted(final.parent.glob("[0-9]*"))[:-keep]:
@@ -229,10 +230,18 @@ def _appended(path: Path) -> IO[str]:
 
 def _read_state(folder: Path) -> State:
     raw = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    own = raw.pop("checksum", None)  # None: of an older version
+    if own is not None and own != _sum_of(raw):
+        raise ValueError("state.json does not match its checksum")
     for name, expected in raw.pop("checksums").items():
         if checksum(folder / name) != expected:
             raise ValueError(f"{name} does not match its checksum")
     return State(**{**raw, "cursor": Cursor(**raw["cursor"])})
+
+
+def _sum_of(told: Mapping[str, Any]) -> str:
+    """Of the state itself, in whatever way it is laid out."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _upto(line: bytes, step: int) -> bool:

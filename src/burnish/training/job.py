@@ -88,6 +88,8 @@ def run_job(
     backends.check(material.plan)
     if not resume and not material.plan.fits:
         raise too_large(material.plan)
+    if stop():  # while all that was read: nothing has begun
+        return
     with (
         _folder(recipe, out, resume, aftermath) as run,
         open_trackers(recipe, out) as trackers,

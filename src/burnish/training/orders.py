@@ -34,12 +34,14 @@ class Orders:
     skip_before: bool
     aftermath: Aftermath | None = None
     renewable: bool = True  # another process may follow this one
+    command: tuple[str, ...] = ()  # as it was typed
 
     def line(self) -> str:
         aftermath = None if self.aftermath is None else asdict(self.aftermath)
         told = {
             "recipe": self.recipe.model_dump(mode="json"), "out": str(self.out), "resume": self.resume,
             "skip_before": self.skip_before, "aftermath": aftermath, "renewable": self.renewable,
+            "command": self.command,
         }  # fmt: skip
         return json.dumps(told) + "\n"
 
@@ -49,7 +51,8 @@ class Orders:
         aftermath = None if told["aftermath"] is None else Aftermath(**told["aftermath"])
         recipe = Recipe.model_validate(told["recipe"])
         flags = told["resume"], told["skip_before"]
-        return cls(recipe, Path(told["out"]), *flags, aftermath, told["renewable"])
+        command = tuple(told["command"])
+        return cls(recipe, Path(told["out"]), *flags, aftermath, told["renewable"], command)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,8 @@ def supervise(
         if not stop():
             yield Noted(f"after step {heard.step} the training process {death.words}; {_next(heard)}")
         if _stopped_while(back_off[min(heard.deaths, len(back_off) - 1)], stop, orders, heard):
-            yield Interrupted(heard.saved, str(orders.out))
+            if heard.begun:  # else there is nothing to go on with
+                yield Interrupted(heard.saved, str(orders.out))
             return
         lighter = death.memory and heard.deaths > 0
         aftermath = Aftermath(death.cause, death.error, lighter, heard.step, heard.at)

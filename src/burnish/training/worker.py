@@ -29,6 +29,7 @@ from burnish.training.orders import Orders, Told
 
 BEAT_S = 5.0
 PULSE_S = 1.0  # at most one in so long
+ORPHAN_S = 900.0  # for a process without a parent to finish its step, and to save
 
 
 def main() -> int:
@@ -38,6 +39,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     parent = _lines_of_parent()
     orders = Orders.of(parent.readline())
+    sys.argv = list(orders.command)  # environment.json tells what a person typed
     prepare_environment(orders.recipe.care)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -118,6 +120,8 @@ def _listen(parent: IO[str], stop: threading.Event) -> None:
     for descriptor in (1, 2):
         os.dup2(nowhere, descriptor)
     stop.set()
+    time.sleep(ORPHAN_S)
+    os._exit(EXIT_FAILED)  # it hangs, and would keep its memory and the run's lock for ever
 
 
 @contextmanager
