@@ -48,7 +48,7 @@ def test_a_failure_has_its_post_mortem(tmp_path: Path, capsys: pytest.CaptureFix
     run = folder_of(tmp_path / "r", PLANNED, *steps(1, 5), FAILED, checkpoints=(4,))
     report_command(str(run), None, False)
     said = capsys.readouterr().out
-    for part in ("the GPU was reset", "E: reset", "reboot", "Go on from step 4", f"--out {run} --resume"):
+    for part in ("the GPU was reset", "E: reset", "reboot", "Go on from step 4", f"burnish resume {run}"):
         assert part in said
 
 

@@ -173,7 +173,7 @@ def test_a_failure_says_what_to_try(tmp_path: Path):
     text = Reader(page).text
     assert '<span class="state warn">failed</span>' in page
     assert "the GPU was reset" in text and "RuntimeError: E" in text and "reboot" in text
-    assert "--resume" in text
+    assert "burnish resume" in text
 
 
 def test_everything_of_the_data_is_escaped(tmp_path: Path):

@@ -161,9 +161,11 @@ def after(out: Path, told: Sequence[Event], error: BaseException) -> list[Event]
 )
 def test_what_ends_a_run_that_has_begun_is_written(error: Exception, what: str, tmp_path: Path) -> None:
     told = [PLANNED, stepped(5), Noted("x")]
-    assert after(tmp_path, told, error) == told
+    *heard, last = after(tmp_path, told, error)
+    assert heard == told and isinstance(last, Failed) and what in last.error and last.step == 5
     found = written(tmp_path)
     assert what in found["error"] and found["step"] == 5
+    assert "Traceback" not in found["what"]
 
 
 def test_the_step_is_the_one_gone_on_from_where_none_was_done(tmp_path: Path) -> None:

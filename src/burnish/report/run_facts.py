@@ -351,7 +351,7 @@ def _worked(told: Mapping[str, Any], loss: Mapping[str, Any]) -> str:
 
 def _next(told: Mapping[str, Any], folder: Path) -> list[dict[str, str]]:
     """What to do now: a sentence, and a command ('' where there is none)."""
-    run, recipe = shlex.quote(str(folder)), shlex.quote(str(folder / "recipe.yaml"))
+    run = shlex.quote(str(folder))
     kind, step = told["state"]["kind"], told["state"]["checkpoint"]
     if kind == "finished":
         out = shlex.quote(f"{folder}-ollama")
@@ -363,4 +363,4 @@ def _next(told: Mapping[str, Any], folder: Path) -> list[dict[str, str]]:
         return [{"what": "Look again later", "command": f"burnish report {run}"}]
     advice = [{"what": t, "command": ""} for t in told["failure"]["try"]] if kind == "failed" else []
     what = f"Go on from step {step:,}" if step else "Begin again"
-    return [*advice, {"what": what, "command": f"burnish train {recipe} --out {run} --resume"}]
+    return [*advice, {"what": what, "command": f"burnish resume {run}"}]

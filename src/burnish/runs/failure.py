@@ -29,8 +29,9 @@ def failure_of(error: UserError, step: int, log: Sequence[str] = ()) -> Failed:
     advice = [error.hint] if error.hint else []
     if found is not None:
         advice += [f"{r.text}: {r.try_}" if r.try_ else r.text for r in found.remedies]
-    first, _, rest = error.message.partition("\n")
-    what = found.cause if found is not None and rest else first
+    lines = error.message.strip().splitlines() or [""]
+    own = lines[-1] if lines[0].startswith("Traceback") else lines[0]
+    what = found.cause if found is not None and len(lines) > 1 else own
     return Failed(step, what, error.message, tuple(advice), "" if found is None else found.id)
 
 

@@ -13,8 +13,8 @@ from burnish.runs.lock import free
 
 
 def with_post_mortem(events: Iterator[Event], out: Path) -> Iterator[Event]:
-    """The same events. What they raise is written to failure.json first, if the run had begun: input that is
-    refused before that leaves nothing.
+    """The same events, and Failed at a bad end, which is written to failure.json before it is raised. Input
+    that is refused before the run has begun leaves nothing.
     """
     begun, step = False, 0
     try:
@@ -27,5 +27,7 @@ def with_post_mortem(events: Iterator[Event], out: Path) -> Iterator[Event]:
     except Exception as e:
         if begun and free(out):  # else it is another process's run by now
             said = in_words(e) or UserError("".join(traceback.format_exception(e)), "", EXIT_FAILED)
-            record_failure(out, failure_of(said, step, said.log), said.log)
+            failure = failure_of(said, step, said.log)
+            record_failure(out, failure, said.log)
+            yield failure
         raise

@@ -31,7 +31,7 @@ from burnish.runs.events import (
     Stepped,
     from_json,
 )
-from burnish.runs.lock import locked
+from burnish.runs.lock import free, locked
 from burnish.runs.wish import ask, wished
 from burnish.training.orders import Aftermath, Orders
 from burnish.training.process import End, Process
@@ -97,7 +97,7 @@ def supervise(
     waited for.
     """
     heard = _Heard(at=time.monotonic())
-    if orders.resume and wished(orders.out):
+    if orders.resume and wished(orders.out) and free(orders.out):
         ask(orders.out, "")  # of before: whoever resumes wants it to go on
     while True:
         orders = replace(orders, renewable=heard.deaths < orders.recipe.care.restarts)
