@@ -170,8 +170,8 @@ def heeded(world: World, overrides: tuple[str, ...]) -> Any:
     """What a run's keeper says of machines that are not well."""
     made: list[Keeper] = []
 
-    def keeper(*args: Any) -> Keeper:
-        made.append(Keeper(*args, read=Health))
+    def keeper(*args: Any, **named: Any) -> Keeper:
+        made.append(Keeper(*args, **named, read=Health))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as m:

@@ -75,7 +75,7 @@ def in_words(error: Exception) -> UserError | None:
             return error
         case OutOfMemory():
             return UserError(
-                f"memory ran out: {str(error).splitlines()[0]}",
+                f"memory ran out: {(str(error).splitlines() or ['no more could be had'])[0]}",
                 "begin again with train.micro_batch=1, train.keep_layers=0 or a smaller train.max_length, "
                 "and --out DIR",
                 EXIT_OUT_OF_MEMORY,

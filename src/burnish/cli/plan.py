@@ -54,7 +54,7 @@ def plan_command(name: str, overrides: list[str], asked: Asked) -> None:
         else find_spec(recipe)
     )
     plan = make_plan(recipe, spec, machine)  # refuses an impossible recipe before the data is read
-    prepare_environment()  # for the children
+    prepare_environment(recipe.care)  # for the children
     unread = _unread(recipe)
     if not unread:  # known lengths make a closer plan
         plan = plan.tightened(lengths(name, overrides))

@@ -37,8 +37,13 @@ def stop_command(run: str) -> None:
     end = time.monotonic() + WAIT_S
     while in_use(folder / LOCK) and time.monotonic() < end:
         time.sleep(LOOK_S)
-    words = "will end after the step in hand" if in_use(folder / LOCK) else "has ended"
-    console().print(f"{run} {words}; its steps are saved.\n  burnish resume {run}   goes on from there")
+    if in_use(folder / LOCK):
+        console().print(f"{run} will end after the step in hand, with a checkpoint")
+        return
+    told = run_facts(folder)
+    console().print(f"{run}: {told['verdict']}")
+    for step in told["next"]:
+        console().print(f"  {step['command']}   {step['what']}")
 
 
 def resume_command(run: str, json: bool) -> None:
@@ -47,7 +52,9 @@ def resume_command(run: str, json: bool) -> None:
     check_run(folder)
     if in_use(folder / LOCK):
         if wished(folder) != "pause":
-            raise UserError(f"{run} goes on already", f"burnish report {run}   tells how far it is")
+            waits = run_facts(folder)["state"]["paused_for"]
+            words = f"waits by itself ({waits}) and goes on after that" if waits else "goes on already"
+            raise UserError(f"{run} {words}", f"burnish report {run}   tells how far it is")
         ask(folder, "")
         console().print(f"{run} goes on in its own terminal")
         return

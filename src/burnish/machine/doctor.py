@@ -114,7 +114,7 @@ def _metal(machine: Machine, environment: Mapping[str, str]) -> list[Check]:
     watchdog = (
         "1: the GPU may take longer over one piece of work before the system ends it"
         if environment.get(name) == "1"
-        else f"not set; should the system end long GPU work ('Impacting Interactivity'): export {name}=1"
+        else f"not set here; burnish sets it for its own runs, for other programs: export {name}=1"
     )
     return [Check("Metal", "ok", largest, ""), Check(name, "ok", watchdog, "")]
 
@@ -199,7 +199,7 @@ def _watermarks(machine: Machine, environment: Mapping[str, str]) -> list[Check]
                 Check(
                     name,
                     "warning",
-                    f"{high} instead of torch's 1.7",
+                    f"{high} instead of torch's 1.7, and instead of a recipe's care.mps_limit",
                     f"unset {name} unless you know why it is set",
                 )
             )

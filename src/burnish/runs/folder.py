@@ -24,7 +24,7 @@ from burnish.recipe import Recipe, differences, dump, load
 from burnish.runs.atomic import checksum, clean, sync, write_folder, write_text
 from burnish.runs.events import Event, Stepped, Validated, as_json
 from burnish.runs.failure import FAILURE
-from burnish.runs.lock import locked
+from burnish.runs.lock import locked, release
 from burnish.runs.wish import WISH
 
 ADAPTER, BEST = "adapter", "best"
@@ -99,7 +99,7 @@ class RunFolder:
         began = load(str(path / "recipe.yaml"))
         changed = differences(began, recipe)
         if changed:
-            lock.close()
+            release(lock)
             raise all_problems(
                 f"{path} was begun with another recipe:",
                 changed,
@@ -120,10 +120,11 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        for f in (self._events, self._metrics, self._lock):
+        for f in (self._events, self._metrics):
             if f is not None:
                 with suppress(OSError):  # a full disk was said when the record was written
                     f.close()
+        release(self._lock)
 
     # --- records ---
 

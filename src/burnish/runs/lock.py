@@ -12,7 +12,8 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -54,6 +55,23 @@ def locked(path: Path) -> IO[str]:
             lock.close()
         raise sentence(e, path) from e
     return lock
+
+
+def release(lock: IO[str]) -> None:
+    """The number goes with it: where locks cannot be listed, another process may be given it one day."""
+    with suppress(OSError):
+        lock.truncate(0)
+    with suppress(OSError):
+        lock.close()
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    lock = locked(path)
+    try:
+        yield
+    finally:
+        release(lock)
 
 
 def free(path: Path) -> bool:

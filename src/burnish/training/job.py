@@ -14,7 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from burnish.runs.events import (
     Validated,
 )
 from burnish.runs.folder import ADAPTER, BEST, RunFolder, State
+from burnish.runs.wish import ask
 from burnish.training.keeper import Keeper
 from burnish.training.material import Material, data_notes, fingerprint, gather
 from burnish.training.orders import Aftermath
@@ -93,8 +94,7 @@ def run_job(
     with (
         _folder(recipe, out, resume, aftermath) as run,
         open_trackers(recipe, out) as trackers,
-        Keeper(run.path, recipe.care, stop, pulse=pulse) as keeper,
-        keep_awake(os.getpid()) if recipe.care.keep_awake else nullcontext("") as awake,
+        Keeper(run.path, recipe.care, stop, pulse=pulse, awake=_awake(recipe)) as keeper,
     ):
         plan, did = _going_on(material.plan, run, aftermath) if resume else (material.plan, "")
         known = run.read_json("plan.json") if resume else None
@@ -102,10 +102,14 @@ def run_job(
         run.write_json("environment.json", _environment(plan.machine))
         run.forget_failure()
         session = _Session(material, plan, run, keeper, resume, skip_before, began, pulse, renewable)
-        for event in _events(session, [awake, did], aftermath):
+        for event in _events(session, [*keeper.notes(), did], aftermath):
             run.record(event)
             trackers.hear(event)
             yield event
+
+
+def _awake(recipe: Recipe) -> Callable[[], AbstractContextManager[str]]:
+    return lambda: keep_awake(os.getpid()) if recipe.care.keep_awake else nullcontext("")
 
 
 def _folder(recipe: Recipe, out: Path, resume: bool, aftermath: Aftermath | None) -> RunFolder:
@@ -197,6 +201,7 @@ def _trained(s: _Session, learner: Learner, state: State) -> Iterator[Event]:
     adapter = s.run.publish(ADAPTER, lambda folder: _write_adapter(folder, learner, s.material))
     yield from _judge("after", learner, s.material, s.keeper.stop)
     seconds = time.monotonic() - s.began
+    ask(s.run.path, "")  # too late to be heeded
     yield Finished(step, str(adapter), from_step, seconds, learner.plan.total_bytes, peak)
 
 

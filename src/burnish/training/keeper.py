@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 from burnish.machine.health import Health, Quick, Verdict, read_health, verdict
@@ -30,8 +31,8 @@ def _read() -> Health:
 
 
 class Keeper:
-    """Owns the thread. stop: the wish of this process's own terminal. pulse: called while it waits. read,
-    look_s: for tests.
+    """Owns the thread, and what keeps the machine awake. stop: the wish of this process's own terminal.
+    pulse: called while it waits. awake: `keep_awake`, where that is wanted. read, look_s: for tests.
     """
 
     def __init__(
@@ -42,24 +43,42 @@ class Keeper:
         read: Read = _read,
         look_s: float = LOOK_S,
         pulse: Callable[[], None] = lambda: None,
+        awake: Callable[[], AbstractContextManager[str]] = lambda: nullcontext(""),
     ) -> None:
+        self._awake, self._held = awake, ExitStack()
         self._folder, self._care, self._stop, self._pulse = folder, care, stop, pulse
         self._read, self._look_s = read, look_s
         self._health, self._over = Health(), threading.Event()
         self._notes: list[str] = []
         self._swap_bytes: int | None = None  # at the first look
-        self._swapped = False
+        self._swapped = self._told_awake = self._is_awake = False
         self._thread = threading.Thread(target=self._look, daemon=True, name="keeper")
 
     def __enter__(self) -> Keeper:
+        self.stay_awake()
         if self._heeds_anything():
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.let_sleep()
         self._over.set()
         if self._thread.is_alive():
             self._thread.join(timeout=2)  # a tool that hangs in a driver is not waited for
+
+    def stay_awake(self) -> None:
+        if self._is_awake:
+            return
+        self._is_awake = True
+        words = self._held.enter_context(self._awake())
+        if words and not self._told_awake:
+            self._told_awake = True
+            self._notes.append(words)
+
+    def let_sleep(self) -> None:
+        """While a run waits for its battery to be charged, staying awake would only empty it."""
+        self._held.close()
+        self._is_awake = False
 
     def stop(self) -> bool:
         return self._stop() or wished(self._folder) == "stop"

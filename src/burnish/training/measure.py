@@ -19,10 +19,11 @@ from burnish.training.environment import prepare_environment
 
 
 def _measured(arguments: Sequence[str]) -> dict[str, Any]:
-    prepare_environment()
+    recipe = load(arguments[0], arguments[1:])
+    prepare_environment(recipe.care)
     from burnish.training.job import measure
 
-    return measure(load(arguments[0], arguments[1:]), Path.cwd())
+    return measure(recipe, Path.cwd())
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from burnish.runs.events import (
     Stepped,
     from_json,
 )
-from burnish.runs.lock import free, locked
+from burnish.runs.lock import free, held
 from burnish.runs.wish import ask, wished
 from burnish.training.orders import Aftermath, Orders
 from burnish.training.process import End, Process
@@ -175,7 +175,7 @@ def _stopped_while(seconds: float, stop: Callable[[], bool], orders: Orders, hea
     begins it.
     """
     end = time.monotonic() + seconds
-    with locked(orders.out) if heard.begun else nullcontext():
+    with held(orders.out) if heard.begun else nullcontext():
         while True:
             if stop():
                 return True
@@ -192,7 +192,7 @@ def _as_error(end: End) -> UserError:
     assert end.told is not None
     told = end.told
     if told.meant:
-        return UserError(told.message, told.hint, told.exit_code, end.log)
+        return UserError(told.message, told.hint, told.exit_code)
     found = diagnose(told.message)
     hint = found.remedies[0] if found is not None and found.remedies else None
     advice = "" if hint is None else f"{hint.text}: {hint.try_}" if hint.try_ else hint.text

@@ -26,9 +26,10 @@ def too_large(plan: Plan) -> UserError:
 
 def ran_out(plan: Plan, peak_bytes: int, predicted_bytes: int, error: OutOfMemory) -> UserError:
     """In the rehearsal, of a plan that fits by its estimate. peak_bytes: the most until then."""
+    said = (str(error).splitlines() or ["no more could be had"])[0]
     return UserError(
         f"memory ran out in the rehearsal of the longest step: {peak_bytes / 2**30:.2f} GiB measured until "
-        f"then, {predicted_bytes / 2**30:.2f} GiB predicted ({str(error).splitlines()[0]})",
+        f"then, {predicted_bytes / 2**30:.2f} GiB predicted ({said})",
         _less(plan),
         EXIT_WILL_NOT_FIT,
     )

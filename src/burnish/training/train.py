@@ -221,9 +221,14 @@ def _paused(course: Course, keeper: Keeper) -> Iterator[Event]:
     while asked.action == "pause" and not keeper.stop():
         why = asked.why
         yield Paused(course.state.step, asked.why, asked.words)
+        if why == "battery":
+            keeper.let_sleep()
+        elif why == "memory pressure":  # what is cached goes back; the weights stay
+            course.learner.reshape(course.plan)
         while asked.action == "pause" and asked.why == why and not keeper.stop():
             keeper.wait(PAUSE_LOOK_S)
             asked = keeper.verdict(why)
+    keeper.stay_awake()
     if why and not keeper.stop():
         yield Continued(course.state.step, time.monotonic() - began)
 

@@ -16,13 +16,15 @@ FALLEN = 0.02
 class Trend:
     def __init__(self, steps: int) -> None:
         self._losses: list[float] = []
+        self._first = 0
         self._looks = {max(LEAST_STEPS, steps // 4), steps}
 
     def hear(self, step: int, loss: float) -> Iterator[str]:
-        """Losses of this process alone: a resumed run begins to look anew."""
+        """Only of a run that this process has seen from its beginning: later a loss may well be flat."""
         self._losses.append(loss)
+        self._first = self._first or step
         n = len(self._losses)
-        if step not in self._looks or n < LEAST_STEPS:
+        if step not in self._looks or n < LEAST_STEPS or self._first > 1:
             return
         part = n // 4
         first, last = fmean(self._losses[:part]), fmean(self._losses[-part:])
