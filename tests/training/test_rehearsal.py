@@ -248,11 +248,11 @@ def test_a_run_that_does_not_fit_ends_before_it_begins(world: World, monkeypatch
     assert "memory ran out in the rehearsal" in said.err and "more of it" not in said.err
     assert "GiB measured until then" in said.err and "GiB predicted (CUDA out of memory" in said.err
     first, *rungs, last = [e["event"] for e in said.events]
-    assert (first, last) == ("planned", "recovered") and set(rungs) == {"recovered"}, "no question was asked"
-    did = [e["did"] for e in said.events[1:]]
+    assert (first, last) == ("planned", "failed") and set(rungs) == {"recovered"}, "no question was asked"
+    did = [e["did"] for e in said.events[1:-1]]
     assert did[0].startswith("memory was freed") and did[1].startswith("micro-batch 4 → ")
     assert len(set(did)) == len(did), "nothing is tried twice"
-    told = {(e["step"], e["cause"], e["error"]) for e in said.events[1:]}
+    told = {(e["step"], e["cause"], e["error"]) for e in said.events[1:-1]}
     error = "CUDA out of memory. Tried to allocate 2.00 GiB."
     assert told == {(0, "out of memory in the rehearsal", error)}
     kept = json.loads((world.out / "plan.json").read_text("utf-8"))
@@ -316,7 +316,7 @@ def test_numbers_that_are_not_finite_end_it_as_a_step_would(world: World) -> Non
     save_file(tensors, path, metadata={"format": "pt"})
     said = world.train()
     assert said.code == 1 and "left the finite range" in said.err
-    assert [e["event"] for e in said.events] == ["planned"]
+    assert [e["event"] for e in said.events] == ["planned", "failed"]
 
 
 # --- burnish plan --measure ---

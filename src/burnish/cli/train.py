@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import typer
@@ -49,12 +50,14 @@ def train_orders(orders: Orders, in_process: bool, json: bool) -> None:
             for event in with_post_mortem(events, orders.out):
                 try:
                     view.hear(event)
-                except OSError:  # the terminal is gone, or whoever read our output: save, and end
+                except OSError as e:  # whoever read our output is gone, or there is no room for it
                     unheard = True
-                    _to_nowhere()
+                    _to_nowhere(1)
+                    with suppress(OSError):
+                        print(f"burnish: nothing can be printed ({e}); saving and ending", file=sys.stderr)
                 if wished.terminal_gone and not unheard:
                     unheard = True
-                    _to_nowhere()
+                    _to_nowhere(1, 2)
                 begun = begun or isinstance(event, Planned)
                 interrupted = interrupted or isinstance(event, Interrupted)
                 if isinstance(event, Scored):
@@ -84,10 +87,10 @@ def _page(out: Path) -> Path | None:
     return page
 
 
-def _to_nowhere() -> None:
-    """What is printed from now on goes nowhere, and fails no more: not even at the interpreter's end."""
+def _to_nowhere(*descriptors: int) -> None:
+    """What is printed there from now on fails no more, not even at the interpreter's end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
+    for descriptor in descriptors:
         os.dup2(nowhere, descriptor)
 
 

@@ -149,7 +149,7 @@ def _scores(scores: Sequence[Mapping[str, Any]]) -> str:
 def _charts(told: Mapping[str, Any]) -> str:
     series, losses = told["series"], told["losses"]
     marks = [
-        (step, plain(e.get("action")) or e["event"])
+        (step, plain(e.get("cause")) or e["event"])
         for e in told["troubles"]
         if e["event"] in ("recovered", "skipped") and (step := number(e.get("step"))) is not None
     ]

@@ -102,7 +102,7 @@ def run_job(
         run.write_json("environment.json", _environment(plan.machine))
         run.forget_failure()
         session = _Session(material, plan, run, keeper, resume, skip_before, began, pulse, renewable)
-        for event in _events(session, [*keeper.notes(), did], aftermath):
+        for event in _events(session, keeper.notes(), did, aftermath):
             run.record(event)
             trackers.hear(event)
             yield event
@@ -147,7 +147,9 @@ def _going_on(plan: Plan, run: RunFolder, aftermath: Aftermath | None) -> tuple[
     return plan, difference(begun, plan)
 
 
-def _events(s: _Session, notes: Sequence[str], aftermath: Aftermath | None) -> Iterator[Event]:
+def _events(
+    s: _Session, notes: Sequence[str], did: str, aftermath: Aftermath | None
+) -> Iterator[Event]:
     prepared, run = s.material.prepared, s.run
     folder, state, damaged = _where(run, s.resume, fingerprint(prepared))
     yield Planned(
@@ -161,13 +163,15 @@ def _events(s: _Session, notes: Sequence[str], aftermath: Aftermath | None) -> I
         prepared.train.truncated,
         state.step,
     )
-    yield from (Noted(n) for n in (*data_notes(prepared), *damaged, *notes) if n)
+    yield from (Noted(n) for n in (*data_notes(prepared), *damaged, *notes))
+    if did and aftermath is None:
+        yield Noted(f"there is less memory now than when the run began: {did}")
     learner = Pulsing(backends.open(s.plan), s.pulse)
     try:
         if folder is not None:
             learner.load(folder)
         if aftermath is not None:
-            yield _recovered(aftermath, state.step, notes[-1])
+            yield _recovered(aftermath, state.step, did)
         if folder is None:
             yield from _begin(s, learner)
         yield from _trained(s, learner, state)

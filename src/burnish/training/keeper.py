@@ -132,5 +132,5 @@ class Keeper:
             gib = (now - self._swap_bytes) / 2**30
             self._notes.append(
                 f"the system has swapped out {gib:.1f} GiB since the run began, which makes it slow: close "
-                "other programs, or set train.micro_batch=1"
+                "other programs"
             )

@@ -22,6 +22,7 @@ from typing import IO, Any
 from burnish.machine.child import environment
 from burnish.training.orders import Orders, Told
 
+LOG = "log.txt"
 LOOK_S = 0.25
 TAIL_LINES = 200
 HELD_S = 5.0  # a reader gets its turn in that, however busy the machine
@@ -97,6 +98,7 @@ class Process:
         )  # fmt: skip
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._log: deque[str] = deque(maxlen=TAIL_LINES)
+        self._folder, self._unwritten = orders.out, list[str]()
         self._told: Told | None = None
         self._hung_s, self._asked_to_stop, self._ended = 0.0, False, 0.0
         self._readers = [
@@ -169,7 +171,7 @@ class Process:
 
     def end(self) -> End:
         code = self._process.returncode
-        name = _name(-code) if code < 0 and not self._hung_s else ""
+        name = signal_name(-code) if code < 0 and not self._hung_s else ""
         return End(code, name, self._hung_s, self._told, tuple(self._log))
 
     def _read_lines(self) -> None:
@@ -178,7 +180,17 @@ class Process:
 
     def _read_log(self) -> None:
         assert self._process.stderr is not None
-        _read(self._process.stderr, self._log.append)
+        _read(self._process.stderr, self._noted)
+
+    def _noted(self, line: str) -> None:
+        """Into log.txt of the run, once it has its folder: the address of a tracker's page, a warning."""
+        self._log.append(line)
+        self._unwritten.append(line)
+        if (self._folder / "recipe.yaml").exists():
+            text = "".join(f"{line}\n" for line in self._unwritten)
+            with suppress(OSError), (self._folder / LOG).open("a", encoding="utf-8") as log:
+                log.write(text)
+            self._unwritten.clear()
 
     def _heard(self, line: str) -> dict[str, Any] | None:
         try:
@@ -199,7 +211,7 @@ class Process:
             self._process.stdin.flush()
 
 
-def _name(number: int) -> str:
+def signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal

@@ -206,7 +206,8 @@ def _given_up(death: Death, heard: _Heard, end: End) -> UserError:
     code = EXIT_OUT_OF_MEMORY if death.memory else EXIT_FAILED
     return UserError(
         f"the training process {death.words}{times}{keeps}{said}",
-        "burnish doctor   looks for what can be found; the same command with --resume goes on",
+        "burnish doctor   looks for what can be found"
+        + ("; the same command with --resume goes on" if heard.begun else ""),
         code,
         end.log,
     )

@@ -40,7 +40,7 @@ APPLE_EXACT = Limits(5e-5, 1e-3, 1e-3, 2e-3)
 APPLE_NARROW = Limits(5e-3, 0.2, 0.2, 0.2)
 APPLE = ("mps", "metal")
 
-# A step may take so many times what was predicted, and so much besides. The predictor is within 16 % on a CPU
+# A step may take so many times what was predicted, and so much besides. The predictor is within 9 % on a CPU
 # and 6 % on an H100 for models of a size that matters; this one is so small that what a framework keeps for
 # itself counts as much. MPS reports what its driver took, in large pieces.
 MEMORY_TIMES, MEMORY_SPARE_BYTES, APPLE_SPARE_BYTES = 1.25, 128 << 20, 384 << 20

@@ -23,6 +23,7 @@ from burnish.machine.child import run_module
 from burnish.machine.probe import MLX_CUDA, Machine, probe
 from burnish.models.spec import read_spec
 from burnish.planning.plan import make_plan
+from burnish.training.process import signal_name
 from burnish.training.selftest.checks import names
 from burnish.training.selftest.lab import recipe_of
 from burnish.training.selftest.report import TRUTH, Line, Report, facts, scrubbed
@@ -151,7 +152,7 @@ def _ended(place: Path, target: Target, file: Path, checks: Sequence[str]) -> st
         return ""
     last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
+        name = signal_name(-done.returncode)
         why = ", most likely because memory ran out" if name == "SIGKILL" else ""
         return f"the process was ended by {name}{why}; its last words: {last}"
     return f"the process ended with code {done.returncode}: {last}"
