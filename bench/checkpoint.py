@@ -42,7 +42,8 @@ def main() -> None:
 
     def write(folder: Path) -> None:
         arrays: list[dict[str, np.ndarray]] = [{k: t.cpu().numpy() for k, t in g.items()} for g in groups]
-        adapter_folder.write(folder, plan, Adapter(*arrays, 100))
+        weights, first, second = arrays
+        adapter_folder.write(folder, plan, Adapter(weights, first, second, 100))
 
     out, seconds = a.folder / "checkpoint-bench", []
     try:

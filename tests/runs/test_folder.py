@@ -171,3 +171,13 @@ def test_publish_replaces_and_json_is_read_back(tmp_path: Path):
         assert run.read_json("plan.json") is None
         run.write_json("plan.json", {"a": "一"})
         assert run.read_json("plan.json") == {"a": "一"}
+
+
+def test_a_recipe_that_no_run_wrote_is_not_overwritten(tmp_path: Path):
+    """`burnish train recipe.yaml --out .`"""
+    mine = "# my comments\nname: mine\n"
+    (tmp_path / "recipe.yaml").write_text(mine)
+    with pytest.raises(UserError, match="no run has written"):
+        RunFolder.begin(tmp_path, RECIPE)
+    assert (tmp_path / "recipe.yaml").read_text() == mine
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]

@@ -20,6 +20,8 @@ import pytest
 from burnish.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OUT_OF_MEMORY, EXIT_WILL_NOT_FIT, UserError
 from burnish.recipe import Recipe, load, parse
 from burnish.runs.events import Event, Finished, Interrupted, Noted, Planned, Saved, Stepped
+from burnish.runs.folder import RunFolder
+from burnish.runs.lock import adopted, free, locked
 from burnish.training import process, supervise
 from burnish.training.orders import Aftermath, Orders
 
@@ -703,3 +705,51 @@ def test_events_are_what_they_were(run: Runs) -> None:
     r.ends_well()
     assert r.events[1] == Saved(7, str(r.out))
     assert r.events[2].rows == ("a:1", "b:2")  # type: ignore[union-attr]
+
+
+# --- nobody else, from the first end of a process on
+
+
+def test_between_two_processes_the_run_is_nobody_elses(run: Runs) -> None:
+    """Somebody who begins there would wipe its records; `burnish stop` would find nothing that trains."""
+    takes_its_time = "os.fstat(orders['lock']); planned(); stepped(1); finished()"
+    r = run(DIES, takes_its_time)
+    seen = [(type(e).__name__, free(r.out)) for e in r.listen()]
+    assert seen == [("Planned", True), ("Noted", False), ("Planned", False), ("Stepped", False),
+                    ("Finished", False)]  # fmt: skip
+    assert free(r.out), "it is let go of at the end"
+    assert [o["lock"] is None for o in r.heard] == [True, False]
+
+
+def test_the_lock_that_is_handed_on_is_the_runs(tmp_path: Path) -> None:
+    """The process that follows takes it up, and holds it when its parent is gone."""
+    recipe = Recipe(name="r")
+    RunFolder.begin(tmp_path, recipe).close()
+    lock = locked(tmp_path)
+    with RunFolder.resume(tmp_path, recipe, by_itself=True, lock=adopted(os.dup(lock.fileno()))):
+        lock.close()
+        assert not free(tmp_path)
+    assert free(tmp_path)
+
+
+def test_a_stop_between_two_processes_is_in_the_records(run: Runs) -> None:
+    wishes = iter([False] * 4)
+    r = run(DIES, back_off=(60.0,), stop=lambda: next(wishes, True))
+    assert r.ends_well()[-1] == "interrupted"
+    last = (r.out / "events.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["event"] == "interrupted"
+
+
+def test_what_libraries_print_is_in_the_runs_log(run: Runs) -> None:
+    """And in that of no other run: where the folder is not ours nothing is written."""
+    r = run(
+        "sys.stderr.write('early\\n'); sys.stderr.flush(); planned(); time.sleep(.3)\n"
+        "sys.stderr.write('see https://tracker\\n'); sys.stderr.flush(); time.sleep(.3); finished()"
+    )
+    r.out.mkdir()
+    assert r.ends_well() == ["planned", "finished"]
+    assert (r.out / "log.txt").read_text() == "early\nsee https://tracker\n"
+    (r.out / "log.txt").unlink()
+    refused = run("sys.stderr.write('not mine\\n'); failed('is in use by process 1', 2)")
+    refused.ends_badly()
+    assert not (r.out / "log.txt").exists()

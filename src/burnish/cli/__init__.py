@@ -14,11 +14,15 @@ def main() -> None:
     """
     from burnish.cli.app import app
     from burnish.cli.failures import exit_code_of, language_asked
+    from burnish.errors import EXIT_FAILED
     from burnish.machine.diagnosis import language_of
 
     language = language_of(os.environ)
     try:
         language, arguments = language_asked(sys.argv[1:], language)
         app(arguments)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(EXIT_FAILED)
     except Exception as e:  # the one place: whatever there is to say is said, and what is known of it
         sys.exit(exit_code_of(e, language))

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from shlex import quote
 
 from burnish.cli.show import console
 from burnish.cli.train import train_orders
@@ -25,8 +26,9 @@ def pause_command(run: str) -> None:
     _check_running(run)
     ask(folder, "pause")
     console().print(
-        f"{run} pauses after the step in hand, with a checkpoint; its memory stays taken.\n"
-        f"  burnish resume {run}   goes on, burnish stop {run}   ends it"
+        f"{run} pauses after the step in hand (not while it answers, nor after its last step), with a "
+        "checkpoint; its memory stays taken\n"
+        f"  burnish resume {quote(run)}   goes on, burnish stop {quote(run)}   ends it"
     )
 
 
@@ -54,12 +56,12 @@ def resume_command(run: str, json: bool) -> None:
         if wished(folder) != "pause":
             waits = run_facts(folder)["state"]["paused_for"]
             words = f"waits by itself ({waits}) and goes on after that" if waits else "goes on already"
-            raise UserError(f"{run} {words}", f"burnish report {run}   tells how far it is")
+            raise UserError(f"{run} {words}", f"burnish report {quote(run)}   tells how far it is")
         ask(folder, "")
         console().print(f"{run} goes on in its own terminal")
         return
     if run_facts(folder)["state"]["kind"] == "finished":
-        raise UserError(f"{run} has finished", f"burnish generate {run}   asks it something")
+        raise UserError(f"{run} has finished", f"burnish generate {quote(run)}   asks it something")
     recipe, begun_in = load(str(folder / "recipe.yaml")), _begun_in(folder)
     if begun_in:
         os.chdir(begun_in)  # the recipe's own paths may be relative
@@ -76,4 +78,5 @@ def _check_running(run: str) -> None:
     folder = expand(run)
     check_run(folder)
     if not in_use(folder / LOCK):
-        raise UserError(f"nothing trains in {run} now", f"burnish report {run}   tells what became of it")
+        hint = f"burnish report {quote(run)}   tells what became of it"
+        raise UserError(f"nothing trains in {run} now", hint)

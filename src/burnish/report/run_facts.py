@@ -362,5 +362,9 @@ def _next(told: Mapping[str, Any], folder: Path) -> list[dict[str, str]]:
     if kind in ("running", "paused"):
         return [{"what": "Look again later", "command": f"burnish report {run}"}]
     advice = [{"what": t, "command": ""} for t in told["failure"]["try"]] if kind == "failed" else []
+    if kind == "failed" and not step:  # as it was it would only fail again
+        recipe = shlex.quote(str(folder / "recipe.yaml"))
+        command = f"burnish train {recipe} --out {run}"
+        return [*advice, {"what": "Begin again, with what was changed behind it", "command": command}]
     what = f"Go on from step {step:,}" if step else "Begin again"
     return [*advice, {"what": what, "command": f"burnish resume {run}"}]

@@ -15,9 +15,10 @@ from pathlib import Path
 from burnish.errors import UserError
 from burnish.machine.diagnosis import diagnose
 from burnish.runs.atomic import write_text
-from burnish.runs.events import Failed, as_json
+from burnish.runs.events import Event, Failed, as_json
 
 FAILURE = "failure.json"
+LOG = "log.txt"  # what libraries print; written by the parent of a supervised run
 LOG_LINES = 60  # of what the process said last
 
 
@@ -42,16 +43,19 @@ def record_failure(folder: Path, failure: Failed, log: Sequence[str] = ()) -> No
     told = {k.strip("_"): v for k, v in asdict(failure).items()}
     told |= {"at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "log": list(log[-LOG_LINES:])}
     # A path of bytes that are no UTF-8 comes with lone surrogates.
-    line, text = (
-        json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
-        for value, indent in ((as_json(failure), None), (told, 1))
-    )
+    text = json.dumps(told, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    append_event(folder, failure)
+    with suppress(UserError):
+        write_text(folder / FAILURE, text.decode() + "\n")
+
+
+def append_event(folder: Path, event: Event) -> None:
+    """The last line of the records of a run whose process has ended."""
+    line = json.dumps(as_json(event), ensure_ascii=False).encode("utf-8", "backslashreplace")
     with suppress(OSError), (folder / "events.jsonl").open("ab") as events:
         if events.tell() and not _ends_whole(folder / "events.jsonl"):
             events.write(b"\n")  # a process that was killed in the middle of a line
         events.write(line + b"\n")
-    with suppress(UserError):
-        write_text(folder / FAILURE, text.decode() + "\n")
 
 
 def _ends_whole(path: Path) -> bool:

@@ -23,8 +23,8 @@ from burnish.errors import EXIT_FAILED, UserError, all_problems
 from burnish.recipe import Recipe, differences, dump, load
 from burnish.runs.atomic import checksum, clean, sync, write_folder, write_text
 from burnish.runs.events import Event, Stepped, Validated, as_json
-from burnish.runs.failure import FAILURE
-from burnish.runs.lock import locked, release
+from burnish.runs.failure import FAILURE, LOG
+from burnish.runs.lock import LOCK, locked, release
 from burnish.runs.wish import WISH
 
 ADAPTER, BEST = "adapter", "best"
@@ -68,6 +68,11 @@ class RunFolder:
         step shall not need another folder.
         """
         old = (path / "recipe.yaml").exists()
+        if old and not (path / LOCK).exists():
+            raise UserError(
+                f"{path} holds a recipe.yaml that no run has written, and a run would write its own there",
+                "choose another place with --out DIR",
+            )
         if old and ((path / ADAPTER).exists() or any((path / "checkpoints").glob("[0-9]*"))):
             raise UserError(
                 f"{path} holds a run already",
@@ -81,21 +86,23 @@ class RunFolder:
         if old:
             clean(path)
             shutil.rmtree(path / BEST, ignore_errors=True)
-            for name in (*RECORDS, FAILURE, WISH):
+            for name in (*RECORDS, FAILURE, WISH, LOG):
                 (path / name).unlink(missing_ok=True)
         write_text(path / "recipe.yaml", dump(recipe))
         return cls(path, lock)
 
     @classmethod
-    def resume(cls, path: Path, recipe: Recipe, by_itself: bool = False) -> RunFolder:
+    def resume(
+        cls, path: Path, recipe: Recipe, by_itself: bool = False, lock: IO[str] | None = None
+    ) -> RunFolder:
         """An existing run. Raises UserError where there is none, it is in use, or its recipe was another.
 
         by_itself: nobody asked for it, a new process takes a dead one's place; what somebody wished for
-        meanwhile still holds.
+        meanwhile still holds. lock: that of a parent which has held it since then.
         """
         if not (path / "recipe.yaml").is_file():
             raise UserError(f"{path} holds no run to resume", "leave --resume out to begin one")
-        lock = locked(path)
+        lock = lock or locked(path)
         began = load(str(path / "recipe.yaml"))
         changed = differences(began, recipe)
         if changed:

@@ -12,8 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -57,21 +56,22 @@ def locked(path: Path) -> IO[str]:
     return lock
 
 
+def adopted(descriptor: int) -> IO[str]:
+    """The lock that a parent process has taken and handed on: while either of the two lives, it holds."""
+    os.set_inheritable(descriptor, False)
+    lock = os.fdopen(descriptor, "a+", encoding="utf-8")
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
 def release(lock: IO[str]) -> None:
     """The number goes with it: where locks cannot be listed, another process may be given it one day."""
     with suppress(OSError):
         lock.truncate(0)
     with suppress(OSError):
         lock.close()
-
-
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    lock = locked(path)
-    try:
-        yield
-    finally:
-        release(lock)
 
 
 def free(path: Path) -> bool:

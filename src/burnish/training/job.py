@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from burnish import __version__, backends
 from burnish.backends.base import Learner
@@ -77,9 +77,11 @@ def run_job(
     aftermath: Aftermath | None = None,
     pulse: Callable[[], None] = lambda: None,
     renewable: bool = False,
+    lock: IO[str] | None = None,
 ) -> Iterator[Event]:
     """`pulse` is called after each thing that was done: a step, a score, a token of an answer. renewable: a
-    new process may take this one's place, with an `aftermath` of why.
+    new process may take this one's place, with an `aftermath` of why. lock: the run's, where a parent has
+    taken it already.
 
     Raises UserError (bad input; exit 3 where it will not fit), OutOfMemory, NonFinite, Unsupported.
     """
@@ -92,7 +94,7 @@ def run_job(
     if stop():  # while all that was read: nothing has begun
         return
     with (
-        _folder(recipe, out, resume, aftermath) as run,
+        _folder(recipe, out, resume, aftermath, lock) as run,
         open_trackers(recipe, out) as trackers,
         Keeper(run.path, recipe.care, stop, pulse=pulse, awake=_awake(recipe)) as keeper,
     ):
@@ -112,9 +114,11 @@ def _awake(recipe: Recipe) -> Callable[[], AbstractContextManager[str]]:
     return lambda: keep_awake(os.getpid()) if recipe.care.keep_awake else nullcontext("")
 
 
-def _folder(recipe: Recipe, out: Path, resume: bool, aftermath: Aftermath | None) -> RunFolder:
+def _folder(
+    recipe: Recipe, out: Path, resume: bool, aftermath: Aftermath | None, lock: IO[str] | None
+) -> RunFolder:
     if resume:
-        return RunFolder.resume(out, recipe, by_itself=aftermath is not None)
+        return RunFolder.resume(out, recipe, by_itself=aftermath is not None, lock=lock)
     return RunFolder.begin(out, recipe)
 
 

@@ -35,13 +35,14 @@ class Orders:
     aftermath: Aftermath | None = None
     renewable: bool = True  # another process may follow this one
     command: tuple[str, ...] = ()  # as it was typed
+    lock: int | None = None  # descriptor of the run's lock, which the parent holds since a process died
 
     def line(self) -> str:
         aftermath = None if self.aftermath is None else asdict(self.aftermath)
         told = {
             "recipe": self.recipe.model_dump(mode="json"), "out": str(self.out), "resume": self.resume,
             "skip_before": self.skip_before, "aftermath": aftermath, "renewable": self.renewable,
-            "command": self.command,
+            "command": self.command, "lock": self.lock,
         }  # fmt: skip
         return json.dumps(told) + "\n"
 
@@ -52,7 +53,8 @@ class Orders:
         recipe = Recipe.model_validate(told["recipe"])
         flags = told["resume"], told["skip_before"]
         command = tuple(told["command"])
-        return cls(recipe, Path(told["out"]), *flags, aftermath, told["renewable"], command)
+        lock = told["lock"]
+        return cls(recipe, Path(told["out"]), *flags, aftermath, told["renewable"], command, lock)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from burnish.machine.child import environment
+from burnish.runs.failure import LOG
 from burnish.training.orders import Orders, Told
 
-LOG = "log.txt"
 LOOK_S = 0.25
 TAIL_LINES = 200
 HELD_S = 5.0  # a reader gets its turn in that, however busy the machine
@@ -94,11 +94,11 @@ class Process:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
             list(command), stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace",
-            env=environment(),
+            env=environment(), pass_fds=() if orders.lock is None else (orders.lock,),
         )  # fmt: skip
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._log: deque[str] = deque(maxlen=TAIL_LINES)
-        self._folder, self._unwritten = orders.out, list[str]()
+        self._folder, self._unwritten, self._planned = orders.out, list[str](), False
         self._told: Told | None = None
         self._hung_s, self._asked_to_stop, self._ended = 0.0, False, 0.0
         self._readers = [
@@ -186,7 +186,7 @@ class Process:
         """Into log.txt of the run, once it has its folder: the address of a tracker's page, a warning."""
         self._log.append(line)
         self._unwritten.append(line)
-        if (self._folder / "recipe.yaml").exists():
+        if self._planned:
             text = "".join(f"{line}\n" for line in self._unwritten)
             with suppress(OSError), (self._folder / LOG).open("a", encoding="utf-8") as log:
                 log.write(text)
@@ -202,6 +202,7 @@ class Process:
         self._silence.heard(told)
         if "failed" in told:
             self._told = Told(**told["failed"])
+        self._planned = self._planned or told.get("event") == "planned"
         return told if "event" in told else None
 
     def _say(self, line: str) -> None:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from burnish.errors import EXIT_FAILED, EXIT_OUT_OF_MEMORY, EXIT_WILL_NOT_FIT, UserError
 from burnish.machine.child import command_of
@@ -31,7 +32,8 @@ from burnish.runs.events import (
     Stepped,
     from_json,
 )
-from burnish.runs.lock import free, held
+from burnish.runs.failure import append_event
+from burnish.runs.lock import free, locked, release
 from burnish.runs.wish import ask, wished
 from burnish.training.orders import Aftermath, Orders
 from burnish.training.process import End, Process
@@ -96,12 +98,25 @@ def supervise(
     command: what to start instead of the worker, for tests. insisted: by a second Ctrl-C; then nothing is
     waited for.
     """
-    heard = _Heard(at=time.monotonic())
     if orders.resume and wished(orders.out) and free(orders.out):
         ask(orders.out, "")  # of before: whoever resumes wants it to go on
+    with ExitStack() as locks:
+        yield from _lives(orders, stop, command or command_of(WORKER), back_off, insisted, locks)
+
+
+def _lives(
+    orders: Orders,
+    stop: Callable[[], bool],
+    command: Sequence[str],
+    back_off: Sequence[float],
+    insisted: Callable[[], bool],
+    locks: ExitStack,
+) -> Iterator[Event]:
+    """One process after another. locks: what is to be let go of at the end."""
+    heard = _Heard(at=time.monotonic())
     while True:
         orders = replace(orders, renewable=heard.deaths < orders.recipe.care.restarts)
-        with Process(orders, command or command_of(WORKER), insisted) as child:
+        with Process(orders, command, insisted) as child:
             for told in child.lines(stop):
                 try:
                     event = from_json(told)
@@ -115,13 +130,19 @@ def supervise(
         death = _death(end, heard, orders)
         if death is None:
             raise _as_error(end)
+        if heard.begun and orders.lock is None:  # from now on nobody else begins here, nor goes on
+            lock = locked(orders.out)
+            locks.callback(release, lock)
+            orders = replace(orders, lock=lock.fileno())
         if heard.deaths >= orders.recipe.care.restarts:
             raise _as_error(end) if end.told and end.told.meant else _given_up(death, heard, end)
         if not stop():
             yield Noted(f"after step {heard.step} the training process {death.words}; {_next(heard)}")
-        if _stopped_while(back_off[min(heard.deaths, len(back_off) - 1)], stop, orders, heard):
+        if _stopped_while(back_off[min(heard.deaths, len(back_off) - 1)], stop, orders.out):
             if heard.begun:  # else there is nothing to go on with
-                yield Interrupted(heard.saved, str(orders.out))
+                interrupted = Interrupted(heard.saved, str(orders.out))
+                append_event(orders.out, interrupted)
+                yield interrupted
             return
         lighter = death.memory and heard.deaths > 0
         aftermath = Aftermath(death.cause, death.error, lighter, heard.step, heard.at)
@@ -170,21 +191,18 @@ def _next(heard: _Heard) -> str:
     return f"a new one goes on {from_}"
 
 
-def _stopped_while(seconds: float, stop: Callable[[], bool], orders: Orders, heard: _Heard) -> bool:
-    """Was it asked to stop, here or from another terminal? The run stays ours meanwhile, so that nobody else
-    begins it.
-    """
+def _stopped_while(seconds: float, stop: Callable[[], bool], out: Path) -> bool:
+    """Was it asked to stop, here or from another terminal?"""
     end = time.monotonic() + seconds
-    with held(orders.out) if heard.begun else nullcontext():
-        while True:
-            if stop():
-                return True
-            if wished(orders.out) == "stop":
-                ask(orders.out, "")  # heeded
-                return True
-            if time.monotonic() >= end:
-                return False
-            time.sleep(0.1)
+    while True:
+        if stop():
+            return True
+        if wished(out) == "stop":
+            ask(out, "")  # heeded
+            return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.1)
 
 
 def _as_error(end: End) -> UserError:

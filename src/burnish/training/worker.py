@@ -24,6 +24,7 @@ from typing import IO, Any
 
 from burnish.errors import EXIT_FAILED, EXIT_OUT_OF_MEMORY, in_words
 from burnish.runs.events import as_json
+from burnish.runs.lock import adopted
 from burnish.training.environment import prepare_environment
 from burnish.training.orders import Orders, Told
 
@@ -68,6 +69,7 @@ def _train(orders: Orders, say: Callable[[Any], None], stop: Callable[[], bool])
     events = run_job(
         orders.recipe, orders.out, resume=orders.resume, skip_before=orders.skip_before, stop=stop,
         aftermath=orders.aftermath, pulse=pulse, renewable=orders.renewable,
+        lock=None if orders.lock is None else adopted(orders.lock),
     )  # fmt: skip
     for event in events:
         say(as_json(event))
