@@ -119,7 +119,7 @@ def test_a_model_that_holds_a_nan(world: World):
     save_file(tensors, path, metadata={"format": "pt"})
     said = world.train()
     failed(said, EXIT_FAILED, "left the finite range", "nan", "step 1", "nothing was updated", "train.lr")
-    assert [e["event"] for e in said.events] == ["planned"]
+    assert [e["event"] for e in said.events] == ["planned", "failed"]
     assert not (world.out / "checkpoints").exists() and not (world.out / "adapter").exists()
 
 
