@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from burnish.report.page import gib
 from burnish.runs.events import (
     Answered,
     Continued,
@@ -53,6 +52,10 @@ def console() -> Console:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def gib(n_bytes: float) -> str:  # as report.page has it, whose imports `burnish plan` does without
+    return f"{n_bytes / 2**30:.2f} GiB"
 
 
 def duration(seconds: float) -> str:
