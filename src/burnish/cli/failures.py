@@ -56,7 +56,5 @@ def exit_code_of(error: Exception, language: Language) -> int:
 
 def told(found: Diagnosis, language: Language) -> str:
     why, try_ = _WORDS[language]
-    lines = [f"  {why}: {found.cause}"]
-    for remedy in found.remedies[:REMEDIES]:
-        lines.append(f"  {try_}: {remedy.text}{': ' + remedy.try_ if remedy.try_ else ''}")
-    return "\n".join(lines)
+    remedies = [f"  {try_}: {remedy.words}" for remedy in found.remedies[:REMEDIES]]
+    return "\n".join([f"  {why}: {found.cause}", *remedies])

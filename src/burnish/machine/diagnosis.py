@@ -35,6 +35,11 @@ class Remedy:
     text: str
     try_: str
 
+    @property
+    def words(self) -> str:
+        """Both, on one line."""
+        return f"{self.text}: {self.try_}" if self.try_ else self.text
+
 
 @dataclass(frozen=True)
 class Diagnosis:

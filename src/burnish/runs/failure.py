@@ -29,7 +29,7 @@ def failure_of(error: UserError, step: int, log: Sequence[str] = ()) -> Failed:
     found = diagnose(error.message) or diagnose("\n".join(log))
     advice = [error.hint] if error.hint else []
     if found is not None:
-        advice += [f"{r.text}: {r.try_}" if r.try_ else r.text for r in found.remedies]
+        advice += [remedy.words for remedy in found.remedies]
     lines = error.message.strip().splitlines() or [""]
     own = lines[-1] if lines[0].startswith("Traceback") else lines[0]
     what = found.cause if found is not None and len(lines) > 1 else own

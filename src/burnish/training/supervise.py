@@ -211,10 +211,7 @@ def _as_error(end: End) -> UserError:
     told = end.told
     if told.meant:
         return UserError(told.message, told.hint, told.exit_code)
-    found = diagnose(told.message)
-    hint = found.remedies[0] if found is not None and found.remedies else None
-    advice = "" if hint is None else f"{hint.text}: {hint.try_}" if hint.try_ else hint.text
-    return UserError(told.message, advice, EXIT_FAILED, end.log)
+    return UserError(told.message, "", EXIT_FAILED, end.log)  # what is known of it is said with every error
 
 
 def _given_up(death: Death, heard: _Heard, end: End) -> UserError:
